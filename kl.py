@@ -1,0 +1,262 @@
+"""
+Exact KL over the whole vocabulary, in chunks of tokens, without ever holding a [tokens, vocab] tensor.
+
+A 4B model has 151,936 vocabulary entries: the fp32 logits of 8,192 tokens alone are 4.6 GiB, and autograd would keep
+several such tensors for the student and the teacher. Here the loss *and its gradient* are computed in one pass:
+
+  for each chunk of n tokens                                                     (n * V is about 2^26 numbers)
+    1. s = h_student W_student^T,  t = h_teacher W_teacher^T    logits in fp32   [n, V]
+    2. KL(s, t) and dKL/ds in closed form                       softmax algebra  [n], [n, V]
+    3. dh = (dKL/ds) W_student,  dW += (dKL/ds)^T h_student     in fp32          [n, H], [V, H]
+
+so the cost is four matrix products per token and the memory is that of one chunk plus dW. The backward pass of
+autograd only multiplies the stored gradients by the incoming scalar. dW is accumulated in fp32 over the chunks:
+rounding it to bf16 after each of them would bias training.
+
+Departures from the official code: the KL is exact over the vocabulary, not renormalised over the teacher's top 64
+(that approximation is `topk=64`, to compare with), and the default is the paper's reverse KL, not a mixture.
+
+As a script it draws where the reviser disagrees with the student:
+    python kl.py --student runs/srt/final --teacher runs/srt/final --responses runs/collect/responses.jsonl --out runs/kl
+"""
+import argparse
+import html
+import json
+import os
+
+import torch
+
+KINDS = ("reverse", "forward", "mixed", "jsd")
+
+
+def divergence(s, t, kind):
+    """
+    The divergence of each row and its gradient in the student's logits, with p = softmax(s), q = softmax(t):
+
+        reverse  KL(p || q) = sum_v p (log p - log q)        gradient  p (log p - log q - KL)    the paper's loss
+        forward  KL(q || p) = sum_v q (log q - log p)        gradient  p - q
+        mixed    half of each                                gradient  half of each
+        jsd      KL(p || m)/2 + KL(q || m)/2, m = (p+q)/2    gradient  p (log p - log m - KL(p || m)) / 2
+
+    s, t: fp32 logits [n, V] of student and teacher. Returns ([n], [n, V]) in fp32, in nats. A row with s = t gives
+    exactly 0 and a gradient of exactly 0. To try another divergence, add its lines here.
+    """
+    log_p, log_q = s.log_softmax(-1), t.log_softmax(-1)
+    p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
+    if kind == "forward":
+        return -(q * d).sum(-1), p - q
+    if kind == "jsd":  # log m - log p = f(-d), log m - log q = f(d), with f(x) = log((1 + e^x) / 2) = max(x, 0) + tail
+        tail = torch.log1p(torch.expm1(-d.abs()) / 2)  # 0 at d = 0, and nothing overflows at |d| = 1e4
+        p_to_m = -(tail + (-d).clamp(min=0))
+        kl_pm = (p * p_to_m).sum(-1)
+        return (kl_pm - (q * (tail + d.clamp(min=0))).sum(-1)) / 2, p * (p_to_m - kl_pm[:, None]) / 2
+    reverse = (p * d).sum(-1)
+    if kind == "reverse":
+        return reverse, p * (d - reverse[:, None])
+    return (reverse - (q * d).sum(-1)) / 2, (p * (d - reverse[:, None]) + p - q) / 2  # mixed
+
+
+def topk_divergence(s, t, kind, k):
+    """The official code's approximation: both sides renormalised over the teacher's k largest logits, the rest ignored."""
+    index = t.topk(k, dim=-1).indices  # [n, k]
+    value, grad = divergence(s.gather(1, index), t.gather(1, index), kind)
+    return value, torch.zeros_like(s).scatter_(1, index, grad)
+
+
+def matmul_fp32(a, b):
+    """a @ b with an fp32 result. On CUDA the bf16 inputs go to the tensor cores as they are, which add up in fp32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+class HeadLoss(torch.autograd.Function):
+    """sum_i w_i * loss_i for losses that look at one row of logits each; gradients are made while the chunk is at hand."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, token_weight, chunk, tile):
+        N, V = hidden.shape[0], weight.shape[0]
+        chunk = chunk or max(1, 2**26 // V)
+        needs_grad = hidden.requires_grad or weight.requires_grad
+        d_hidden = torch.zeros_like(hidden) if needs_grad else None  # [N, H]
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
+        per_token, logp = (torch.zeros(N, dtype=torch.float32, device=hidden.device) for _ in range(2))
+        for i in range(0, N, chunk):
+            rows = slice(i, i + chunk)
+            s = matmul_fp32(hidden[rows], weight.T)  # [n, V]
+            per_token[rows], d_s, logp[rows] = tile(s, rows)
+            if needs_grad:
+                d_s = d_s.mul_(token_weight[rows, None]).to(hidden.dtype)
+                d_hidden[rows] = matmul_fp32(d_s, weight)
+                d_weight += matmul_fp32(d_s.T, hidden[rows])
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(per_token, logp)
+        return (per_token * token_weight).sum(), per_token, logp
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * grad.to(d_hidden.dtype), (d_weight * grad).to(ctx.weight_dtype), None, None, None
+
+
+def chunked_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, kind="reverse", topk=0,
+               targets=None, chunk=0):
+    """
+    sum_i token_weight_i * KL_i between student and teacher, over the whole vocabulary (equation 3 of the paper).
+
+    student_hidden, teacher_hidden: last hidden states [N, H], [N, H'] (any float type).
+    student_weight, teacher_weight: the heads [V, H], [V, H']. token_weight: fp32 [N]; 0 leaves a row out.
+    kind: see `divergence`. topk: 0 is exact; k > 0 renormalises over the teacher's k largest logits.
+    targets: token ids [N], if the student's log-probabilities of them are wanted. chunk: rows at a time, 0 = chosen.
+
+    Returns (loss, kl, logp): loss a scalar with gradients for the two student tensors; kl [N] in nats and
+    logp [N] (zeros without targets), fp32 and detached.
+    Raises ValueError for an unknown kind, for topk with jsd (both sides' supports would matter), for unlike V.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    if topk and kind == "jsd":
+        raise ValueError("topk cannot go with jsd: a mixture over the teacher's top k alone is not a divergence")
+    if student_weight.shape[0] != teacher_weight.shape[0]:
+        raise ValueError(f"student has {student_weight.shape[0]} vocabulary rows and teacher {teacher_weight.shape[0]}")
+    if topk > teacher_weight.shape[0] or topk < 0:
+        raise ValueError(f"topk must lie in 0..{teacher_weight.shape[0]}, got {topk}")
+
+    def tile(s, rows):
+        t = matmul_fp32(teacher_hidden[rows], teacher_weight.T)
+        value, d_s = topk_divergence(s, t, kind, topk) if topk else divergence(s, t, kind)
+        logp = target_logp(s, targets[rows]) if targets is not None else 0
+        return value, d_s, logp
+
+    return HeadLoss.apply(student_hidden, student_weight, token_weight, chunk, tile)
+
+
+def target_logp(s, targets):
+    """log softmax(s)[target] of each row of logits s [n, V] -> [n]."""
+    return s.gather(1, targets[:, None])[:, 0] - s.logsumexp(-1)
+
+
+def chunked_ce(hidden, weight, targets, token_weight, chunk=0):
+    """sum_i token_weight_i * -log p(target_i), the SFT loss, by the same pass. Returns (loss, per-token loss, logp)."""
+
+    def tile(s, rows):
+        logp = target_logp(s, targets[rows])
+        d_s = s.softmax(-1)
+        d_s.scatter_add_(1, targets[rows, None], torch.full_like(logp[:, None], -1.0))
+        return -logp, d_s, logp
+
+    return HeadLoss.apply(hidden, weight, token_weight, chunk, tile)
+
+
+# ---------------------------------------------------------------------------------------------- as a script
+
+
+def buckets(values, n=20):
+    """Shares of the total that lie in n equal slices of the tokens, sorted from largest to smallest: a list of n."""
+    values = values.clamp(min=0).sort(descending=True).values.double()
+    cumulative = torch.cat([torch.zeros(1, dtype=torch.double), values.cumsum(0)]) / values.sum().clamp(min=1e-12)
+    edges = torch.linspace(0, len(values), n + 1, dtype=torch.double)
+    low = edges.floor().long().clamp(max=len(values) - 1)
+    at = cumulative[low] + (edges - low) * (cumulative[low + 1] - cumulative[low])
+    return at.diff().tolist()
+
+
+def main():
+    from transformers import AutoModelForCausalLM
+    from tqdm import tqdm
+    import verify
+
+    parser = argparse.ArgumentParser(description="Where the reviser disagrees: per-token KL of responses, drawn.")
+    parser.add_argument("--student", required=True, help="folder of the model that generates")
+    parser.add_argument("--teacher", required=True, help="folder of the model that revises (SRT)")
+    parser.add_argument("--responses", required=True, help="responses.jsonl of srt.py; its y_init are scored")
+    parser.add_argument("--out", required=True, help="folder for heatmap.html, buckets.png and summary.json")
+    parser.add_argument("--kl", choices=KINDS, default="reverse")
+    parser.add_argument("--max_responses", type=int, default=200)
+    parser.add_argument("--phrases", choices=sorted(verify.PHRASES), default=None, help="default: what --teacher records")
+    args = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    tokenizer = verify.load_tokenizer(args.teacher)
+    family = verify.phrase_family(args.teacher, args.phrases)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(m, dtype=dtype).to(device).eval()
+                        for m in (args.student, args.teacher))
+    rows = {}
+    for line, row in verify.read_jsonl(args.responses):
+        verify.need(row, args.responses, line, problem=str, y_init_tokens=list, y_init_correct=bool)
+        rows.setdefault((row["id"], row["sample"]), row)
+    rows = [row for row in rows.values() if row["y_init_tokens"]][: args.max_responses]
+    if not rows:
+        raise SystemExit(f"--responses {args.responses} holds no responses")
+
+    curves, cells = {True: [], False: []}, []
+    for row in tqdm(rows, desc="score", unit="response"):
+        y = row["y_init_tokens"]
+        x = verify.chat_ids(tokenizer, verify.Problem.of_row(row))
+        seen = verify.revision_ids(tokenizer, x, y, row["y_init_correct"], family)
+        hidden = []
+        with torch.no_grad():
+            for model, prefix in ((student, x), (teacher, seen)):
+                ids = torch.tensor([prefix + y], device=device)
+                hidden.append(model.get_decoder()(ids).last_hidden_state[0, len(prefix) - 1:-1])  # [T, H]
+            targets, ones = torch.tensor(y, device=device), torch.ones(len(y), device=device)
+            heads = [model.get_output_embeddings().weight for model in (student, teacher)]
+            _, kl, logp = chunked_kl(hidden[0], heads[0], hidden[1], heads[1], ones, args.kl, targets=targets)
+            _, _, teacher_logp = chunked_ce(hidden[1], heads[1], targets, ones)
+        curves[row["y_init_correct"]].append(buckets(kl.cpu()))
+        if len(cells) < 20:
+            cells.append(heat_row(tokenizer, row, y, (logp - teacher_logp).tolist(), kl.tolist()))
+
+    os.makedirs(args.out, exist_ok=True)
+    mean = {name: torch.tensor(curves[ok]).mean(0).tolist() if curves[ok] else None
+            for name, ok in (("right", True), ("wrong", False))}
+    summary = {"responses": len(rows), "right": len(curves[True]), "wrong": len(curves[False]), "kl": args.kl,
+               "share_of_kl_by_bucket": mean}
+    with open(os.path.join(args.out, "summary.json"), "w") as f:
+        json.dump(summary, f, indent=1)
+    with open(os.path.join(args.out, "heatmap.html"), "w") as f:
+        f.write(HEAT_PAGE + "".join(cells))
+    draw_buckets(mean, summary, os.path.join(args.out, "buckets.png"))
+    print(f"{len(rows)} responses; share of the KL on the first 5 % of tokens: " + ", ".join(
+        f"{name} {curve[0]:.2f}" for name, curve in mean.items() if curve) + f"; see {args.out}/heatmap.html, buckets.png")
+
+
+HEAT_PAGE = """<!doctype html><meta charset="utf-8"><title>Where the reviser disagrees</title>
+<style>body{font:15px/1.9 monospace;max-width:75em;margin:2em auto} span{padding:2px 0;white-space:pre-wrap}
+h3{font:bold 15px sans-serif;margin:1.6em 0 .2em}</style>
+<p style="font-family:sans-serif">Each token is coloured by log p_student - log p_reviser: <span style="background:
+rgba(220,40,40,.6)">red</span> where the reviser, told the outcome, finds the token less likely than the student did,
+<span style="background:rgba(40,90,220,.6)">blue</span> where more likely. Hover for the numbers.</p>
+"""
+
+
+def heat_row(tokenizer, row, ids, difference, kl):
+    """One response as HTML, a coloured span per token."""
+    spans = []
+    for token, d, k in zip(ids, difference, kl):
+        colour = "220,40,40" if d > 0 else "40,90,220"
+        spans.append(f'<span style="background:rgba({colour},{min(abs(d) / 3, 1) * 0.8:.2f})" title="log ratio {d:+.2f}, '
+                     f'KL {k:.3f}">{html.escape(tokenizer.decode([token]))}</span>')
+    outcome = "right" if row["y_init_correct"] else "wrong"
+    return f"<h3>{html.escape(str(row['id']))} · {outcome} · answer {html.escape(str(row.get('answer')))}</h3>{''.join(spans)}\n"
+
+
+def draw_buckets(mean, summary, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for (name, curve), colour in zip(mean.items(), ("tab:blue", "tab:red")):
+        if curve:
+            ax.plot(range(1, 21), curve, marker="o", ms=3, color=colour, label=f"{name} ({summary[name]})")
+    ax.set(xlabel="tokens of a response, sorted by KL, in 20 equal buckets", ylabel="share of the response's KL",
+           title="Self-localisation: where the KL sits")
+    ax.set_ylim(bottom=0)
+    ax.legend(title="y_init was")
+    fig.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
