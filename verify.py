@@ -26,6 +26,36 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
+# ---------------------------------------------------------------------------------------------------------- ranks
+
+
+class Ranks(NamedTuple):
+    rank: int
+    world: int
+    device: object  # torch.device of this rank
+    store: object  # a key-value store that all ranks share
+
+
+def launch():
+    """
+    Joins the process group of torchrun (or makes one of a single process) and chooses this rank's device.
+    Returns Ranks. cpu tensors go through gloo, cuda tensors through nccl.
+    """
+    import torch
+    import torch.distributed as dist
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        store, rank, world = next(dist.rendezvous("env://"))
+    else:
+        store, rank, world = dist.HashStore(), 0, 1
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=rank,
+                            world_size=world)
+    return Ranks(rank, world, device, dist.PrefixStore("shared", store))
+
+
 # ------------------------------------------------------------------------------------------------------- problems
 
 INSTRUCTION = {

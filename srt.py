@@ -1,0 +1,488 @@
+"""
+Phase 1a of SD-Zero: sample, judge, revise, judge, keep -> D_revision. With --eval the same loop is the evaluation.
+
+  for each problem x
+    1. y_init ~ pi(. | x)                            --num_responses
+    2. r = 1 if the last \\boxed{} of y_init is right, else 0
+    3. P_r tells the outcome: "Wait, this response is wrong. ..." or "Let me rephrase ..."
+    4. y_revised ~ pi(. | x, y_init, P_r)            --num_revisions
+    5. keep (x, y_init, P_r, y_revised) if y_revised is right, up to --target
+
+Departures from the official code: every GPU samples; problems are handed out one by one, so no rank idles at the end;
+verdicts come in while others are still being sampled; a response is on disk as soon as it is judged, so the same
+command goes on after a kill; responses are kept as token ids too, so nothing is ever tokenised twice.
+
+    python srt.py --model Qwen/Qwen3-4B-Instruct-2507 --data open-r1/OpenR1-Math-220k --range 0:10000 --out runs/collect
+    torchrun --nproc_per_node 8 srt.py ... the same
+    python srt.py --eval --model runs/sdzero/final --data aime24.jsonl --num_responses 8 --temperature 0.7 --out runs/aime
+"""
+import argparse
+import glob
+import importlib.util
+import json
+import math
+import os
+import shutil
+import time
+import zlib
+from collections import Counter, deque
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import verify
+from verify import fail
+
+# -------------------------------------------------------------------------------------------------------- samplers
+# Two engines, one interface:
+#   stream(pull, ...)      yields a Sample as soon as it is finished; `pull()` gives the next Request, or None for now
+#   generate(prompts, ...) the Samples of a list of prompts, in order
+#   load(named_tensors)    new weights, named as in the checkpoint
+
+
+class Request(NamedTuple):
+    key: object  # the caller's own
+    ids: list  # prompt token ids
+    seed: int  # of this request alone: its sample does not depend on what else is in the batch
+
+
+class Sample(NamedTuple):
+    request: Request
+    ids: list  # sampled token ids, end-of-turn included if it was sampled
+    logprobs: list  # log pi(token) of each, at temperature 1 over the whole vocabulary
+    truncated: bool  # ended by max_tokens or the model's length, not by an end-of-turn
+
+
+class Sampler:
+    def generate(self, prompts, seeds, **how):
+        requests = iter([Request(i, ids, seed) for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))])
+        samples = list(self.stream(lambda: next(requests, None), **how))
+        return sorted(samples, key=lambda sample: sample.request.key)
+
+    def room(self, ids, max_tokens):
+        """How many tokens may follow a prompt."""
+        return min(max_tokens, self.max_len - len(ids))
+
+
+class HFSampler(Sampler):
+    """transformers, for machines without vLLM: batched, KV-cached, finished rows dropped from the batch."""
+
+    def __init__(self, model, tokenizer, max_len, device, dtype, batch=256):
+        from transformers import AutoModelForCausalLM
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+        self.end_ids = torch.tensor(tokenizer.end_ids, device=device)
+        self.device, self.batch = device, batch
+        self.max_len = min(max_len, self.model.config.max_position_embeddings)
+
+    def stream(self, pull, max_tokens, temperature=1.0, top_p=1.0):
+        while batch := [r for r in (pull() for _ in range(self.batch)) if r is not None]:
+            yield from self.sample(batch, max_tokens, temperature, top_p)
+
+    @torch.no_grad()
+    def sample(self, requests, max_tokens, temperature, top_p):
+        from transformers import DynamicCache
+        width = max(len(r.ids) for r in requests)
+        ids = torch.tensor([[0] * (width - len(r.ids)) + r.ids for r in requests], device=self.device)  # [B, T]
+        mask = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in requests], device=self.device)
+        position = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        live = list(range(len(requests)))  # rows of the batch -> requests
+        room = torch.tensor([self.room(r.ids, max_tokens) for r in requests], device=self.device)
+        noise = [np.random.Generator(np.random.Philox(r.seed)) for r in requests]
+        tokens, logps = [[] for _ in requests], [[] for _ in requests]
+        for t in range(int(room.max())):
+            if t % 256 == 0:  # one uniform number per token to come, 256 tokens at a time
+                block = torch.tensor(np.stack([noise[i].random(256) for i in live]), device=self.device)  # [B, 256]
+            logits = self.model(ids, attention_mask=mask, position_ids=position, past_key_values=cache,
+                                logits_to_keep=1).logits[:, -1].float()  # [B, V]
+            token = pick(logits, block[:, t % 256], temperature, top_p)
+            logp = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+            finished = torch.isin(token, self.end_ids) | (room <= t + 1)
+            for row, (i, a, b, over) in enumerate(zip(live, token.tolist(), logp.tolist(), finished.tolist())):
+                if room[row] > t:  # rows that ended before are still in the batch until it is worth dropping them
+                    tokens[i].append(a)
+                    logps[i].append(b)
+            room = torch.where(finished, 0, room)
+            if not (room > 0).any():
+                break
+            ids, position = token[:, None], position[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
+            if (room == 0).sum() * 8 >= len(live):
+                keep = room.nonzero()[:, 0]
+                ids, position, mask, room, block = ids[keep], position[keep], mask[keep], room[keep], block[keep]
+                cache.batch_select_indices(keep)
+                live = [live[i] for i in keep.tolist()]
+        for request, y, logp in zip(requests, tokens, logps):
+            yield Sample(request, y, logp, not y or y[-1] not in self.end_ids)
+
+    @torch.no_grad()
+    def load(self, named_tensors):
+        parameters = dict(self.model.named_parameters())
+        for name, tensor in named_tensors:
+            parameters.pop(name).copy_(tensor)
+        if parameters:
+            raise RuntimeError(f"weights that the sampler has and did not get: {sorted(parameters)[:3]} ...")
+
+    def close(self):
+        del self.model
+
+
+def pick(logits, uniform, temperature, top_p):
+    """
+    One token per row by inverting the cumulative distribution at `uniform` [B] in [0, 1): the same number gives the
+    same token whatever the batch. top_p keeps the fewest most likely tokens whose mass reaches it. logits [B, V] -> [B].
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits.double() / temperature).softmax(-1)
+    order = None
+    if top_p < 1:
+        probs, order = probs.sort(-1, descending=True)
+        probs = probs * (probs.cumsum(-1) - probs < top_p)
+    cdf = probs.cumsum(-1)
+    index = torch.searchsorted(cdf, uniform[:, None].to(cdf) * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+    return (index if order is None else order.gather(1, index))[:, 0]
+
+
+class VLLMSampler(Sampler):
+    """vLLM inside this process, one engine per rank; `step()` by hand, so that finished samples come out at once."""
+
+    def __init__(self, model, tokenizer, max_len, device, dtype, memory=0.85, max_seqs=256, eager=False):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this very process: weights go in by reference
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        from vllm import LLM
+        from transformers import AutoConfig
+        self.max_len = min(max_len, AutoConfig.from_pretrained(model).max_position_embeddings)
+        self.in_flight = 2 * max_seqs
+        self.end_ids = tokenizer.end_ids
+        self.llm = LLM(model, tensor_parallel_size=1, max_model_len=self.max_len, max_num_seqs=max_seqs, seed=0,
+                       dtype=str(dtype).removeprefix("torch."), gpu_memory_utilization=memory,
+                       enforce_eager=eager or device.type == "cpu", generation_config="vllm",
+                       distributed_executor_backend="external_launcher" if dist.get_world_size() > 1 else None)
+
+    def stream(self, pull, max_tokens, temperature=1.0, top_p=1.0):
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+        engine, flying, counter = self.llm.llm_engine, {}, 0
+        while True:
+            while len(flying) < self.in_flight and (request := pull()) is not None:
+                params = SamplingParams(max_tokens=self.room(request.ids, max_tokens), temperature=temperature, top_p=top_p,
+                                        seed=request.seed, stop_token_ids=self.end_ids, logprobs=0, detokenize=False,
+                                        output_kind=RequestOutputKind.FINAL_ONLY)
+                engine.add_request(str(counter), {"prompt_token_ids": request.ids}, params)
+                flying[str(counter)] = request
+                counter += 1
+            if not flying:
+                return
+            for output in engine.step():
+                if output.finished:
+                    y = output.outputs[0]
+                    ids = list(y.token_ids)
+                    logps = [position[token].logprob for position, token in zip(y.logprobs, ids)]
+                    yield Sample(flying.pop(output.request_id), ids, logps, y.finish_reason == "length")
+
+    def load(self, named_tensors):
+        self.llm.apply_model(lambda model: len(model.load_weights(named_tensors)))
+        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
+
+    def close(self):
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+
+
+def make_sampler(engine, model, tokenizer, max_len, device, dtype, **options):
+    """The engine that --engine names: 'vllm', 'hf', or None for vllm where it is installed and else hf."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if engine == "vllm" and not installed:
+        fail("--engine vllm: vLLM is not installed; pip install -r requirements.txt, or use --engine hf")
+    if (engine or ("vllm" if installed else "hf")) == "vllm":
+        return VLLMSampler(model, tokenizer, max_len, device, dtype, **options)
+    return HFSampler(model, tokenizer, max_len, device, dtype)
+
+
+def request_seed(*parts):
+    """A 31-bit seed from what identifies a sample, the same in every process and for every number of ranks."""
+    return zlib.crc32("|".join(map(str, parts)).encode()) & 0x7FFFFFFF
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+
+def row_files(out):
+    return sorted(glob.glob(os.path.join(out, "responses*.jsonl")))
+
+
+def row_key(row):
+    return row["id"], row["sample"], -1 if row["revision"] is None else row["revision"]
+
+
+def read_rows(out):
+    """{(id, sample, revision or -1): row} of everything that ranks have written in this folder."""
+    return {row_key(row): row for path in row_files(out) for _, row in verify.read_jsonl(path, torn_ok=True)}
+
+
+def drop_torn_line(path):
+    """Cuts off a last line without its newline, left by a killed run, so that what is appended starts on a new line."""
+    if os.path.exists(path):
+        with open(path, "rb+") as f:
+            f.truncate(f.read().rfind(b"\n") + 1)
+
+
+def write_atomically(path, text):
+    with open(path + ".tmp", "w") as f:
+        f.write(text)
+    os.replace(path + ".tmp", path)
+
+
+def write_rows(path, rows):
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def move_aside(out):
+    """--fresh: the old folder gets a new name; nothing is deleted."""
+    if os.path.isdir(out) and os.listdir(out):
+        old = f"{out.rstrip('/')}.old-{time.strftime('%Y%m%d-%H%M%S')}"
+        shutil.move(out, old)
+        print(f"--fresh: {out} is now {old}")
+
+
+# --------------------------------------------------------------------------------------------------------- summary
+
+
+def wilson(p, n, z=1.96):
+    """The 95 % Wilson interval of a share p seen over n problems."""
+    if n == 0:
+        return None
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [round((centre - half) / (1 + z * z / n), 4), round((centre + half) / (1 + z * z / n), 4)]
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def summarise(rows, d_revision, num_responses):
+    """The counts of the official code and the measures of the paper, from all rows of a run."""
+    inits = [row for row in rows if row["revision"] is None]
+    revised = [row for row in rows if row["revision"] is not None]
+    by_problem = {}
+    for row in inits:
+        by_problem.setdefault(row["id"], []).append(row["y_init_correct"])
+    first, after = mean(r["y_init_correct"] for r in inits), mean(r["y_revised_correct"] for r in revised)
+    all_revised = {row_key(r)[:2] for r in revised} == {row_key(r)[:2] for r in inits}
+    return {
+        "problems": len(by_problem),
+        "init_total": len(inits), "init_correct": sum(r["y_init_correct"] for r in inits), "init_accuracy": first,
+        "init_accuracy_95": wilson(first, len(by_problem)) if inits else None,  # one problem's samples count as one
+        f"avg@{num_responses}": mean(map(mean, by_problem.values())),
+        f"pass@{num_responses}": mean(any(ok) for ok in by_problem.values()),
+        "init_verdicts": dict(Counter(r["y_init_verdict"] for r in inits)),
+        "init_mean_tokens": mean(len(r["y_init_tokens"]) for r in inits),
+        "init_truncated": mean(r["truncated"] for r in inits),
+        "revised_total": len(revised), "revised_correct": sum(r["y_revised_correct"] for r in revised),
+        "revised_accuracy": after,
+        "revised_accuracy_of_right": mean(r["y_revised_correct"] for r in revised if r["y_init_correct"]),
+        "revised_accuracy_of_wrong": mean(r["y_revised_correct"] for r in revised if not r["y_init_correct"]),
+        "revised_verdicts": dict(Counter(r["y_revised_verdict"] for r in revised)),
+        "revised_mean_tokens": mean(len(r["y_revised_tokens"]) for r in revised),
+        "revised_truncated": mean(r["revised_truncated"] for r in revised),
+        # share of the errors that one revision removes; only if every y_init was revised
+        "net_correction": (after - first) / (1 - first) if revised and all_revised and first < 1 else None,
+        "kept": len(d_revision), "kept_after_right_init": sum(r["y_init_correct"] for r in d_revision),
+        "kept_after_wrong_init": sum(not r["y_init_correct"] for r in d_revision),
+        "dropped": {"y_revised " + why: n for why, n in Counter(r["y_revised_verdict"] for r in revised).items()
+                    if why != "right"} | {"over the target": sum(r["y_revised_correct"] for r in revised) - len(d_revision),
+                                          "no room to revise": sum(r["no_room"] for r in inits)},
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Collect D_revision (SRT, phase 1a), or evaluate with --eval.")
+    # what
+    parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
+    parser.add_argument("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
+    parser.add_argument("--out", required=True, help="folder for responses.jsonl, d_revision.jsonl, summary.json")
+    parser.add_argument("--mode", choices=sorted(verify.INSTRUCTION), default="math")
+    parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data, so that phases see disjoint ones")
+    parser.add_argument("--max_problems", type=int, help="at most so many problems")
+    parser.add_argument("--eval", action="store_true", help="keep nothing: measure only; --num_revisions is 0 unless given")
+    # how much
+    parser.add_argument("--num_responses", type=int, default=1, help="y_init per problem")
+    parser.add_argument("--num_revisions", type=int, help="y_revised per y_init (default 3; with --eval 0)")
+    parser.add_argument("--revise_correct", type=int, choices=(0, 1), default=1, help="revise right y_init too")
+    parser.add_argument("--target", type=int, default=6000, help="stop when so many tuples are kept; 0: no limit")
+    # sampling
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top_p", type=float, default=0.9)
+    parser.add_argument("--max_tokens", type=int, default=16384, help="per response")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--phrases", choices=sorted(verify.PHRASES), help="P_r family; default: what the model records")
+    # engine
+    parser.add_argument("--engine", choices=("vllm", "hf"), help="default: vllm where it is installed")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on cuda, float32 on cpu")
+    parser.add_argument("--vllm_memory", type=float, default=0.85, help="share of the GPU's memory for vLLM")
+    parser.add_argument("--judge_seconds", type=float, default=5.0, help="limit of one verdict")
+    parser.add_argument("--fresh", action="store_true", help="start over; an old --out is renamed, not deleted")
+    args = parser.parse_args()
+    if args.num_revisions is None:
+        args.num_revisions = 0 if args.eval else 3
+    for name in ("num_responses", "max_tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name in ("num_revisions", "target", "temperature"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} cannot be negative, got {getattr(args, name)}")
+    if not 0 < args.top_p <= 1:
+        parser.error(f"--top_p must lie in (0, 1], got {args.top_p}")
+    return args
+
+
+def main():
+    args = parse_args()
+    ranks = verify.launch()
+    if args.fresh and ranks.rank == 0:
+        move_aside(args.out)
+    os.makedirs(args.out, exist_ok=True)
+    dist.barrier()
+    judge = verify.Judge(limit=args.judge_seconds)
+    problems, dropped = verify.load_problems(args.data, judge, args.mode, args.range_, args.max_problems)
+    tokenizer = verify.load_tokenizer(args.model)
+    family = verify.phrase_family(args.model, args.phrases)
+    prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
+    dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
+    longest = max(map(len, prompts))
+    rounds = 2 if args.num_revisions else 1
+    sampler = make_sampler(args.engine, args.model, tokenizer, longest + rounds * args.max_tokens + 64, ranks.device, dtype,
+                           **({"memory": args.vllm_memory} if args.engine != "hf" else {}))
+    if longest >= sampler.max_len:
+        fail(f"a prompt has {longest} tokens but the model takes {sampler.max_len}; drop it with --range")
+    if ranks.rank == 0:
+        print(f"{len(problems)} problems ({sum(dropped.values())} dropped), {ranks.world} rank(s) on {ranks.device.type}, "
+              f"{type(sampler).__name__} {dtype}, phrases {family}", flush=True)
+
+    done = read_rows(args.out)  # what an earlier run of the same command has finished
+    own_file = os.path.join(args.out, f"responses.rank{ranks.rank}.jsonl")
+    drop_torn_line(own_file)
+    dist.barrier()
+    file = open(own_file, "a")
+    queue = deque()  # requests of problems that this rank has taken
+    judging = []  # (sample, its text, future verdict)
+    bar = tqdm(total=len(problems), desc="problems", disable=ranks.rank != 0)
+
+    def take_problem():
+        """Puts what is missing of the next problem into the queue. False when none is left or the target is reached."""
+        i = ranks.store.add("taken", 1) - 1
+        if i >= len(problems) or (args.target and not args.eval and ranks.store.add("kept", 0) >= args.target):
+            return False
+        bar.update(i + 1 - bar.n)
+        for sample in range(args.num_responses):
+            row = done.get((problems[i].id, sample, -1))
+            if row is None:
+                queue.append(Request((i, sample, None), prompts[i],
+                                     request_seed(args.seed, problems[i].id, sample)))
+            else:
+                revise(i, row)
+        return True
+
+    def revise(i, row):
+        """Puts the revisions of one judged y_init into the queue, but for those that are done."""
+        if row["no_room"] or (row["y_init_correct"] and not args.revise_correct):
+            return
+        ids = verify.revision_ids(tokenizer, prompts[i], row["y_init_tokens"], row["y_init_correct"], family)
+        for revision in range(args.num_revisions):
+            old = done.get((row["id"], row["sample"], revision))
+            if old is None:
+                queue.append(Request((i, row["sample"], (revision, row)), ids,
+                                     request_seed(args.seed, row["id"], row["sample"], revision)))
+            elif old["y_revised_correct"]:
+                ranks.store.add("kept", 1)
+
+    def pull():
+        while not queue:
+            if not take_problem():
+                return None
+        return queue.popleft()
+
+    def record(sample, text, verdict):
+        """One judged response -> one line on disk; a y_init then asks for its revisions."""
+        i, number, of = sample.request.key
+        if of is None:
+            ids = verify.revision_ids(tokenizer, prompts[i], sample.ids, verdict.correct, family)
+            row = {"id": problems[i].id, "problem": problems[i].problem, "answer": problems[i].answer, "sample": number,
+                   "y_init": text, "y_init_correct": verdict.correct, "y_init_verdict": verdict.reason,
+                   "y_init_tokens": sample.ids, "truncated": sample.truncated,
+                   "no_room": bool(args.num_revisions) and len(ids) >= sampler.max_len,
+                   "p_r": None, "revision": None, "y_revised": None, "y_revised_correct": None, "y_revised_tokens": None}
+            revise(i, row)
+        else:
+            row = {**of[1], "p_r": verify.PHRASES[family][of[1]["y_init_correct"]], "revision": of[0], "y_revised": text,
+                   "y_revised_correct": verdict.correct, "y_revised_verdict": verdict.reason,
+                   "y_revised_tokens": sample.ids, "revised_truncated": sample.truncated}
+            if verdict.correct:
+                ranks.store.add("kept", 1)
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+
+    def record_judged(wait):
+        still = []
+        for sample, text, future in judging:
+            if wait or future.done():
+                record(sample, text, future.result())
+            else:
+                still.append((sample, text, future))
+        judging[:] = still
+
+    started, tokens = time.time(), 0
+    while True:
+        for sample in sampler.stream(pull, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p):
+            text = tokenizer.decode(sample.ids, skip_special_tokens=True)
+            judging.append((sample, text, judge.submit(problems[sample.request.key[0]], text)))
+            tokens += len(sample.ids)
+            record_judged(wait=False)
+        if not judging:
+            break
+        record_judged(wait=True)  # the last verdicts may ask for revisions: then sample on
+    seconds = time.time() - started
+    bar.close()
+    file.close()
+    totals = torch.tensor([tokens, 0.0], dtype=torch.float64)
+    dist.all_reduce(totals)
+
+    if ranks.rank == 0:  # one merged file in the order of the problems, whatever rank sampled what
+        order = {problem.id: i for i, problem in enumerate(problems)}
+        rows = sorted((r for r in read_rows(args.out).values() if r["id"] in order),
+                      key=lambda r: (order[r["id"]], *row_key(r)[1:]))
+        write_rows(os.path.join(args.out, "responses.jsonl"), rows)
+        for path in row_files(args.out):
+            if not path.endswith("responses.jsonl"):
+                os.remove(path)  # every line of it now stands in responses.jsonl
+        kept = [] if args.eval else [r for r in rows if r["y_revised_correct"]][: args.target or None]
+        if not args.eval:
+            write_rows(os.path.join(args.out, "d_revision.jsonl"), kept)
+        summary = {"model": args.model, "data": args.data, "phrases": family, "temperature": args.temperature,
+                   "top_p": args.top_p, "max_tokens": args.max_tokens, "seed": args.seed,
+                   "engine": type(sampler).__name__, "problems_dropped": dict(dropped),
+                   **summarise(rows, kept, args.num_responses), "seconds": round(seconds, 1),
+                   "tokens_per_second": round(totals[0].item() / seconds, 1)}
+        write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1) + "\n")
+        for name, value in summary.items():
+            print(f"{name:28s} {round(value, 4) if isinstance(value, float) else value}")
+        if not args.eval and args.target and len(kept) < args.target:
+            print(f"note: --target {args.target} was not reached: all {len(problems)} problems gave {len(kept)} tuples")
+    dist.barrier()
+    judge.close()
+    sampler.close()
+    if dist.is_initialized():  # vLLM takes the process group down with it
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
