@@ -476,6 +476,19 @@ def resolve_defaults(args, device):
               f"compile {args.compile}, attention {args.attn}", flush=True)
 
 
+def open_out(args):
+    """Makes --out (with --fresh the old one is renamed first). False if a finished model lies there already."""
+    if args.fresh and dist.get_rank() == 0 and os.path.isdir(args.out):
+        os.rename(args.out, f"{args.out.rstrip('/')}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+    dist.barrier()
+    if os.path.isdir(os.path.join(args.out, "final")):
+        if dist.get_rank() == 0:
+            print(f"{args.out}/final is there already: nothing to do (--fresh starts over)")
+        return False
+    os.makedirs(args.out, exist_ok=True)
+    return True
+
+
 def check_positive(parser, args, *names):
     for name in names:
         if getattr(args, name) <= 0:
@@ -508,13 +521,8 @@ def main():
     args = parse_args()
     ranks = verify.launch()
     resolve_defaults(args, ranks.device)
-    if args.fresh and ranks.rank == 0 and os.path.isdir(args.out):
-        os.rename(args.out, f"{args.out.rstrip('/')}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-    dist.barrier()
-    if os.path.isdir(os.path.join(args.out, "final")):
-        print(f"{args.out}/final is there already: nothing to do (--fresh starts over)")
+    if not open_out(args):
         return dist.destroy_process_group()
-    os.makedirs(args.out, exist_ok=True)
     tokenizer = verify.load_tokenizer(args.model)
     family = verify.phrase_family(args.model, args.phrases)
     stages, counts = read_examples(args.data, args.objective, args.stage2_size, tokenizer, family, args.max_len,

@@ -194,13 +194,13 @@ class VLLMSampler(Sampler):
         del self.llm
 
 
-def make_sampler(engine, model, tokenizer, max_len, device, dtype, **options):
+def make_sampler(engine, model, tokenizer, max_len, device, dtype, vllm_memory):
     """The engine that --engine names: 'vllm', 'hf', or None for vllm where it is installed and else hf."""
     installed = importlib.util.find_spec("vllm") is not None
     if engine == "vllm" and not installed:
         fail("--engine vllm: vLLM is not installed; pip install -r requirements.txt, or use --engine hf")
     if (engine or ("vllm" if installed else "hf")) == "vllm":
-        return VLLMSampler(model, tokenizer, max_len, device, dtype, **options)
+        return VLLMSampler(model, tokenizer, max_len, device, dtype, vllm_memory)
     return HFSampler(model, tokenizer, max_len, device, dtype)
 
 
@@ -361,7 +361,7 @@ def main():
     longest = max(map(len, prompts))
     rounds = 2 if args.num_revisions else 1
     sampler = make_sampler(args.engine, args.model, tokenizer, longest + rounds * args.max_tokens + 64, ranks.device, dtype,
-                           **({"memory": args.vllm_memory} if args.engine != "hf" else {}))
+                           args.vllm_memory)
     if longest >= sampler.max_len:
         fail(f"a prompt has {longest} tokens but the model takes {sampler.max_len}; drop it with --range")
     if ranks.rank == 0:

@@ -1,0 +1,344 @@
+"""
+Phase 2 of SD-Zero: on-policy self-distillation. The SRT model, told the outcome of the student's own answer, is the teacher.
+
+  each step
+    1. weights of the student -> sampler
+    2. y ~ pi_student(. | x)                                      --batch prompts, one y each
+    3. r = 1 if the last \\boxed{} of y is right, else 0
+    4. the frozen SRT model reads x, y, "\\n\\n" + P_r + "\\n\\n", y: its hidden states at the second copy of y
+    5. loss = mean over all tokens of all y of KL( pi_student(. | x, y_<t) || pi_SRT(. | x, y, P_r, y_<t) ), over the
+       whole vocabulary; backward; clip; AdamW
+
+Departures from the official code: the KL is exact and reverse; the first copy of y has no end-of-turn (as in phase 1) and
+the second has, so that ending is distilled too; every step compares the sampler's log-probabilities with the trainer's
+and the run stops when they part (--max_sync_gap): stale weights would train on the wrong policy without a sign.
+
+    python distill.py --model runs/srt/final --data problems.jsonl --range 10000:19000 --out runs/sdzero
+    torchrun --nproc_per_node 8 distill.py ... the same
+"""
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import time
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+import sft
+import srt
+import verify
+from kl import KINDS, chunked_kl
+from verify import fail
+
+
+class Row(NamedTuple):
+    """One y as both sides read it. The token y_t is predicted at position len(before) - 1 + t of before + y."""
+    x: list  # what the student reads before y
+    seen: list  # what the teacher reads before y: x, y without its end-of-turn, P_r
+    y: list  # ids as sampled, end-of-turn included
+    logprobs: list  # the sampler's
+
+
+def make_row(tokenizer, family, x, sample, correct, max_teacher_len):
+    """
+    The Row of one sample. Where x, y, P_r, y is longer than max_teacher_len, both copies of y are cut to
+    (max_teacher_len - |x| - |P_r|) / 2 tokens; where not even one fits, y is empty and the row has no weight.
+    """
+    room = (max_teacher_len - len(x) - len(verify.control_ids(tokenizer, correct, family))) // 2
+    y = sample.ids[:max(0, room)]
+    return Row(x, verify.revision_ids(tokenizer, x, y, correct, family), y, sample.logprobs[:len(y)])
+
+
+def micro_batches(rows, side, budget, device):
+    """
+    Packs `before + y` of all rows, before = row.x or row.seen. Yields (numbers of the rows, Batch, positions that predict
+    their y). Every rank yields equally often; an empty share is a dummy that selects one position of no row.
+    """
+    full = [getattr(row, side) + row.y for row in rows]
+    for members in sft.same_number(sft.pack(list(map(len, full)), budget), device):
+        if not members:
+            yield [], sft.make_batch([[0, 0]], device), torch.tensor([0]).to(device)
+            continue
+        select, offset = [], 0
+        for i in members:
+            first = offset + len(full[i]) - len(rows[i].y) - 1
+            select.extend(range(first, first + len(rows[i].y)))
+            offset += len(full[i])
+        yield members, sft.make_batch([full[i] for i in members], device), torch.tensor(select).to(device)
+
+
+def teacher_states(teacher, rows, budget, device):
+    """The teacher's hidden states that predict the second copy of y: a list of [len(y), H], one per row."""
+    states = [None] * len(rows)
+    with torch.no_grad():
+        for members, batch, select in micro_batches(rows, "seen", budget, device):
+            hidden = teacher(batch, select, lambda hidden, head: hidden)  # [n, H]
+            for i, part in zip(members, hidden.split([len(rows[i].y) for i in members]) if members else ()):
+                states[i] = part
+    return states
+
+
+def student_pass(student, rows, states, teacher_head, tokens, args, ranks):
+    """
+    Forward, exact KL, backward over this rank's rows. tokens: number of y tokens in the global batch. Gradients add up in
+    the student. Returns this rank's share of the loss, and its sum of |log pi_sampler(y_t) - log pi_trainer(y_t)|.
+    """
+    loss_sum, gap_sum = torch.zeros(2, device=ranks.device)
+    width = teacher_head.shape[1]
+    for members, batch, select in micro_batches(rows, "x", args.micro_tokens, ranks.device):
+        states_y = torch.cat([states[i] for i in members] or [teacher_head.new_zeros(1, width)])  # [n, H]
+        y = torch.tensor([t for i in members for t in rows[i].y] or [0]).to(ranks.device)
+        sampled = torch.tensor([p for i in members for p in rows[i].logprobs] or [0.0]).to(ranks.device)
+        # FSDP averages gradients over ranks; times world makes that a sum over the global batch
+        weight = torch.full_like(sampled, ranks.world / tokens if members else 0.0)
+        loss, _, logp = student(batch, select, lambda hidden, head: chunked_kl(
+            hidden, head, states_y, teacher_head, weight, args.kl, args.topk, targets=y))
+        loss.backward()
+        loss_sum += loss.detach() / ranks.world
+        gap_sum += (logp - sampled).abs().sum() * bool(members)
+    return loss_sum, gap_sum
+
+
+def sample_and_judge(sampler, judge, tokenizer, problems, prompts, seeds, args):
+    """One y per problem, and its verdict; judging goes on while others are still being sampled."""
+    requests = iter([srt.Request(i, ids, seed) for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))])
+    samples, verdicts = [None] * len(prompts), [None] * len(prompts)
+    for sample in sampler.stream(lambda: next(requests, None), max_tokens=args.max_tokens,
+                                 temperature=args.temperature, top_p=args.top_p):
+        i = sample.request.key
+        samples[i] = sample
+        verdicts[i] = judge.submit(problems[i], tokenizer.decode(sample.ids, skip_special_tokens=True))
+    return samples, verdicts
+
+
+def validate(sampler, judge, tokenizer, problems, prompts, args, ranks):
+    """avg@k over the validation problems (k = --val_samples), all ranks sharing the work."""
+    mine = [(i, k) for i in range(len(problems)) for k in range(args.val_samples)][ranks.rank::ranks.world]
+    seeds = [srt.request_seed(args.seed, "val", problems[i].id, k) for i, k in mine]
+    _, verdicts = sample_and_judge(sampler, judge, tokenizer, [problems[i] for i, _ in mine],
+                                   [prompts[i] for i, _ in mine], seeds, args)
+    right = torch.tensor([float(sum(v.result().correct for v in verdicts)), len(mine)], device=ranks.device)
+    dist.all_reduce(right)
+    return (right[0] / right[1]).item()
+
+
+def keep_best(out, best, step, accuracy, save, keep=3):
+    """Saves out/best/step-N if it is among the `keep` best validations; best: [[accuracy, step]], best first."""
+    ranked = sorted(best + [[accuracy, step]], key=lambda b: (-b[0], b[1]))[:keep]
+    if [accuracy, step] in ranked:
+        save(os.path.join(out, "best", f"step-{step:06d}"))
+    if dist.get_rank() == 0:
+        for _, old in (b for b in best if b not in ranked):
+            shutil.rmtree(os.path.join(out, "best", f"step-{old:06d}"), ignore_errors=True)
+    return ranked
+
+
+class Clock:
+    """Seconds of each part of a step; waits for the GPU at the end of a part, not within."""
+
+    def __init__(self):
+        self.seconds, self.last = {}, time.time()
+
+    def lap(self, name):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.time()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
+
+
+def step_problems(step, batch, total, seed):
+    """Numbers of the problems of a step: epochs of fresh permutations, one after another."""
+    numbers = []
+    for at in range(step * batch, (step + 1) * batch):
+        order = list(range(total))
+        random.Random(f"{seed}/{at // total}").shuffle(order)
+        numbers.append(order[at % total])
+    return numbers
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="On-policy self-distillation (phase 2).")
+    parser.add_argument("--model", required=True, help="the SRT model: where the student starts")
+    parser.add_argument("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
+    parser.add_argument("--out", required=True, help="folder: final/, best/, state/, metrics.jsonl")
+    parser.add_argument("--teacher", help="default: --model")
+    parser.add_argument("--mode", choices=sorted(verify.INSTRUCTION), default="math")
+    parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data; others than those of srt.py")
+    # optimisation
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=128, help="prompts of a step, over all ranks; one y each")
+    parser.add_argument("--lr", type=float, default=5e-6)
+    parser.add_argument("--warmup", type=int, default=20, help="steps of linear warmup; constant after")
+    parser.add_argument("--weight_decay", type=float, default=0.01)
+    parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    parser.add_argument("--kl", choices=KINDS, default="reverse")
+    parser.add_argument("--topk", type=int, default=0, help="renormalise over the teacher's k largest logits; 0: exact")
+    parser.add_argument("--sync_every", type=int, default=0, help="set the teacher to the student so often; 0: frozen")
+    # sampling
+    parser.add_argument("--max_tokens", type=int, default=8192, help="per response")
+    parser.add_argument("--max_teacher_len", type=int, default=32768, help="of x, y, P_r, y; both y are cut to fit")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--engine", choices=("vllm", "hf"), help="default: vllm where it is installed")
+    parser.add_argument("--vllm_memory", type=float, default=0.3, help="share of the GPU's memory for vLLM")
+    parser.add_argument("--judge_seconds", type=float, default=5.0, help="limit of one verdict")
+    parser.add_argument("--max_sync_gap", type=float, default=0.1, help="stop where sampler and trainer differ by more, in "
+                        "nats per token; healthy is 0.01-0.02 in bf16, stale weights give about 0.2")
+    # validation and saving
+    parser.add_argument("--val", help="validation problems, as --data")
+    parser.add_argument("--val_every", type=int, default=20)
+    parser.add_argument("--val_samples", type=int, default=8, help="responses per validation problem")
+    parser.add_argument("--save_every", type=int, default=10, help="steps between states to go on from")
+    sft.add_training_flags(parser)
+    args = parser.parse_args()
+    sft.check_positive(parser, args, "steps", "batch", "lr", "clip", "max_tokens", "max_teacher_len", "temperature",
+                       "max_sync_gap", "val_every", "val_samples", "save_every", "micro_tokens")
+    if args.topk and args.kl == "jsd":
+        parser.error("--topk cannot go with --kl jsd; use --topk 0, or another --kl")
+    if args.topk < 0 or args.sync_every < 0 or args.warmup < 0:
+        parser.error("--topk, --sync_every and --warmup cannot be negative")
+    if not 0 < args.top_p <= 1:
+        parser.error(f"--top_p must lie in (0, 1], got {args.top_p}")
+    args.teacher = args.teacher or args.model
+    return args
+
+
+def main():
+    args = parse_args()
+    ranks = verify.launch()
+    sft.resolve_defaults(args, ranks.device)
+    if not sft.open_out(args):
+        return dist.destroy_process_group()
+    judge = verify.Judge(limit=args.judge_seconds)
+    tokenizer = verify.load_tokenizer(args.model)
+    family = verify.phrase_family(args.teacher, args.phrases)
+    problems, dropped = verify.load_problems(args.data, judge, args.mode, args.range_)
+    prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
+    val_problems = verify.load_problems(args.val, judge, args.mode)[0] if args.val else []
+    val_prompts = [verify.chat_ids(tokenizer, problem) for problem in val_problems]
+
+    mesh = sft.make_mesh(ranks)
+    student = sft.load_model(args.model, ranks, mesh, args.dtype, args.attn, checkpointing=args.checkpointing,
+                             compile=args.compile)
+    teacher = sft.load_model(args.teacher, ranks, mesh, args.dtype, args.attn, trainable=False, compile=args.compile)
+    if student.config.vocab_size != teacher.config.vocab_size:
+        fail(f"--teacher {args.teacher} has {teacher.config.vocab_size} vocabulary entries, --model {args.model} has "
+             f"{student.config.vocab_size}: the KL needs one vocabulary")
+    teacher_head = teacher.get_output_embeddings().weight.full_tensor()  # [V, H]
+    optimizer = sft.make_optimizer(student, args.weight_decay, betas=(0.9, 0.999))
+    synchronised = teacher if args.sync_every else None
+    state, progress = sft.last_progress(args.out)
+    progress = progress or {"step": 0, "best": []}
+    if state:
+        dcp.load(sft.training_state(student, optimizer, synchronised), checkpoint_id=state)
+        teacher_head = teacher.get_output_embeddings().weight.full_tensor()
+    metrics = sft.Metrics(args.out, progress["step"])
+    longest = max(map(len, prompts + val_prompts))
+    sampler = srt.make_sampler(args.engine, args.model, tokenizer, longest + args.max_tokens, ranks.device, args.dtype,
+                               args.vllm_memory)
+    if longest >= sampler.max_len:
+        fail(f"--data: a prompt has {longest} tokens but the model takes {sampler.max_len}; drop it with --range")
+    if ranks.rank == 0:
+        print(f"{len(problems)} problems ({sum(dropped.values())} dropped), {type(sampler).__name__}, phrases {family}, "
+              f"KL {args.kl}{f' top {args.topk}' if args.topk else ''}, from step {progress['step']}", flush=True)
+
+    def save(path):
+        sft.save_model(path, student, tokenizer, family, args.dtype)
+
+    for step in range(progress["step"], args.steps + 1):
+        clock = Clock()
+        sampler.load(sft.full_tensors(student, args.dtype))
+        clock.lap("sync")
+        row = {"step": step}
+        if args.val and (step % args.val_every == 0 or step == args.steps):
+            row["val_accuracy"] = validate(sampler, judge, tokenizer, val_problems, val_prompts, args, ranks)
+            progress["best"] = keep_best(args.out, progress["best"], step, row["val_accuracy"], save)
+            clock.lap("validate")
+        if step == args.steps:  # the weights of the last step are validated too
+            break
+
+        numbers = step_problems(step, args.batch, len(problems), args.seed)
+        mine = list(enumerate(numbers))[ranks.rank::ranks.world]
+        samples, verdicts = sample_and_judge(
+            sampler, judge, tokenizer, [problems[i] for _, i in mine], [prompts[i] for _, i in mine],
+            [srt.request_seed(args.seed, step, place, problems[i].id) for place, i in mine], args)
+        clock.lap("generate")
+        correct = [verdict.result().correct for verdict in verdicts]
+        clock.lap("judge")
+
+        rows = [make_row(tokenizer, family, prompts[i], sample, ok, args.max_teacher_len)
+                for (_, i), sample, ok in zip(mine, samples, correct)]
+        rows = [r for r in rows if r.y]  # one without room for y has no weight
+        counts = torch.tensor([sum(len(r.y) for r in rows), sum(correct), sum(len(s.ids) for s in samples),
+                               sum(s.truncated for s in samples)], dtype=torch.float64, device=ranks.device)
+        dist.all_reduce(counts)
+        tokens = int(counts[0])  # of the global batch, counted after sampling
+        if not tokens:
+            fail(f"step {step}: no prompt leaves room for a response in --max_teacher_len {args.max_teacher_len}")
+        states = teacher_states(teacher, rows, args.micro_tokens, ranks.device)
+        clock.lap("teacher")
+        sums = torch.stack(student_pass(student, rows, states, teacher_head, tokens, args, ranks))
+        lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+        norm = sft.optimizer_step(student, optimizer, lr, args.clip)
+        clock.lap("student")
+        dist.all_reduce(sums)
+        if args.sync_every and (step + 1) % args.sync_every == 0:
+            teacher_head = copy_weights(student, teacher)
+
+        flops = torch.tensor(float(
+            sft.forward_flops(teacher.config, [len(r.seen) + len(r.y) for r in rows], 0)
+            + 3 * sft.forward_flops(student.config, [len(r.x) + len(r.y) for r in rows], 0)
+            + 8 * sum(len(r.y) for r in rows) * teacher_head.numel()), device=ranks.device)  # four products with a head
+        dist.all_reduce(flops)
+        seconds = sum(clock.seconds.values())
+        training = clock.seconds["teacher"] + clock.seconds["student"]
+        row |= {"loss": sums[0].item(), "reward": counts[1].item() / args.batch, "response_len": counts[2].item() / args.batch,
+                "truncated": counts[3].item() / args.batch, "sync_gap": sums[1].item() / tokens, "grad_norm": norm, "lr": lr,
+                "tokens": tokens, "seconds": seconds, **{f"seconds_{k}": v for k, v in clock.seconds.items()},
+                "tokens_per_s": tokens / seconds, "mfu": sft.mfu(flops.item(), training, ranks.world),
+                "peak_gb": sft.peak_gb()}
+        metrics.write(row)
+        if ranks.rank == 0:
+            print(f"step {step + 1}/{args.steps}  KL {row['loss']:.4f}  reward {row['reward']:.3f}  length "
+                  f"{row['response_len']:.1f}  gap {row['sync_gap']:.4f}  |g| {norm:.3f}  lr {lr:.1e}  {seconds:.1f} s ("
+                  + " ".join(f"{k} {v:.1f}" for k, v in clock.seconds.items()) + f")  {row['tokens_per_s']:.0f} tok/s"
+                  + (f"  mfu {row['mfu']:.1%}" if row["mfu"] else "") + f"  peak {row['peak_gb']:.2f} GiB"
+                  + (f"  val {row['val_accuracy']:.3f}" if "val_accuracy" in row else ""), flush=True)
+        if not math.isfinite(row["loss"]):
+            fail(f"step {step}: the loss is {row['loss']}; the last whole state is in {args.out}/state; lower --lr")
+        if row["sync_gap"] > args.max_sync_gap:
+            fail(f"step {step}: the sampler's log-probabilities differ from the trainer's by {row['sync_gap']:.3f} nats per "
+                 f"token (--max_sync_gap {args.max_sync_gap}): its weights are stale, or its numerics differ")
+        progress["step"] = step + 1
+        if progress["step"] % args.save_every == 0:
+            sft.save_state(args.out, step + 1, sft.training_state(student, optimizer, synchronised), progress)
+
+    save(os.path.join(args.out, "final"))
+    if ranks.rank == 0:
+        with open(os.path.join(args.out, "summary.json"), "w") as f:
+            json.dump({**vars(args), "dtype": str(args.dtype), "phrases": family, **progress,
+                       "val_accuracy": row.get("val_accuracy")}, f, indent=1)
+        print(f"saved {args.out}/final" + (f"; validation {row['val_accuracy']:.3f}, best {progress['best']}" if args.val else ""))
+    dist.barrier()
+    judge.close()
+    sampler.close()
+    if dist.is_initialized():  # vLLM takes the process group down with it
+        dist.destroy_process_group()
+
+
+def copy_weights(student, teacher):
+    """Sets the teacher to the student (iterative self-evolution). Returns its head, whole [V, H]."""
+    with torch.no_grad():
+        for mine, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
+            mine.copy_(theirs)
+    return teacher.get_output_embeddings().weight.full_tensor()
+
+
+if __name__ == "__main__":
+    main()
