@@ -161,9 +161,11 @@ def packed_forward(model, batch, select, loss):
     loss(hidden [n, H], head weight [V, H]) at the positions `select` [n] of a Batch. The head is used in here, where
     FSDP has its full weight at hand: outside it is a shard.
     """
-    hidden = model.get_decoder()(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False,
-                                 cu_seq_lens_q=batch.starts, cu_seq_lens_k=batch.starts, max_length_q=batch.longest,
-                                 max_length_k=batch.longest, segments=batch.segments).last_hidden_state[0]
+    # not get_decoder()(...): where vLLM serves a model by transformers (Olmo 3), it puts its own __call__ on the class
+    hidden = torch.nn.Module.__call__(
+        model.get_decoder(), input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False,
+        cu_seq_lens_q=batch.starts, cu_seq_lens_k=batch.starts, max_length_q=batch.longest, max_length_k=batch.longest,
+        segments=batch.segments).last_hidden_state[0]
     return loss(hidden[select], model.get_output_embeddings().weight)
 
 

@@ -58,7 +58,7 @@ OLMO_TEMPLATE = "{{ '<|im_start|>system\n" + OLMO_SYSTEM + "<|im_end|>\n' }}" + 
 def make_tokenizer(chat_template=QWEN_TEMPLATE):
     """A word-level tokenizer; decode(encode(text)) == text for all text of the task."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
-    words = ["\n\n", "\n", " \\boxed{", "}", "=", "?", *OPS, *(str(n) for n in range(MOD)), "user", "assistant", "system"]
+    words = ["\n\n", "\n", " \\boxed{", "}", "=", "?", *OPS, *map(str, range(MOD)), "user", "assistant", "system"]
     for phrase in (P_0, P_1, P_0_OLMO, OLMO_SYSTEM):
         words += re.findall(PIECES, phrase)
     vocab = {w: i for i, w in enumerate(dict.fromkeys(special + words))}
@@ -72,11 +72,13 @@ def make_tokenizer(chat_template=QWEN_TEMPLATE):
 
 
 def make_config(tokenizer, **overrides):
-    """The toy Qwen3: about 0.2 M parameters. head_dim 32 is the least that vLLM's CPU attention takes."""
+    """The toy Qwen3: 0.23 M parameters. head_dim 32 is the least that vLLM's CPU attention takes."""
+    # initializer_range: with the usual 0.02 copying is found at step 150 to 350, by seed; with 0.1 or more
+    # before 150. And random weights give distributions that are not flat, which the tests need.
     settings = dict(
         vocab_size=len(tokenizer), hidden_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, intermediate_size=256, max_position_embeddings=1024,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True, initializer_range=0.15, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, dtype="float32",
     )
     return Qwen3Config(**{**settings, **overrides})
@@ -93,8 +95,7 @@ def save_model(folder, model, tokenizer):
 def tiny_qwen3(folder, tie=True, seed=0, **overrides):
     """Write a random-weight Qwen3 with the toy's tokenizer; returns the folder."""
     tokenizer = make_tokenizer()
-    # The usual 0.02 gives flat distributions, in which no two models differ.
-    config = make_config(tokenizer, **{"tie_word_embeddings": tie, "initializer_range": 0.15, **overrides})
+    config = make_config(tokenizer, tie_word_embeddings=tie, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         save_model(folder, Qwen3ForCausalLM(config), tokenizer)
@@ -116,16 +117,18 @@ def tiny_olmo3(folder, seed=0, **overrides):
         save_model(folder, Olmo3ForCausalLM(Olmo3Config(**{**settings, **overrides})), tokenizer)
     return folder
 
-# Every document kind, see make_documents, and its share of the documents.
+
+# Every kind of document, see make_documents, and its share of the documents.
 MIX = {"1": 0.88, "P_0": 0.05, "P_1": 0.04, "P_0 P_1": 0.03}
 
 
 def draw_problems(rng, n):
-    """n problems as integers: start in 2..5, then five operators (0..2) and operands in 2..5."""
-    return rng.integers(2, 6, n), rng.integers(0, 3, (n, STEPS)), rng.integers(2, 6, (n, STEPS))  # [N], [N, 5], [N, 5]
+    """n problems as integers: start [N] in 2..5, operators [N, 5] in 0..2, operands [N, 5] in 2..5."""
+    return rng.integers(2, 6, n), rng.integers(0, 3, (n, STEPS)), rng.integers(2, 6, (n, STEPS))
 
 
 def problem_text(start, ops, operands):
+    """One problem's integers as text; always 21 tokens, on which make_documents relies."""
     return f"{start}" + "".join(f"{OPS[o]}{b}=?" for o, b in zip(ops, operands))
 
 
@@ -144,6 +147,7 @@ def solve(problem):
 
 
 def bucket(problem):
+    """0 to 9, the same in every process; see SPLITS."""
     return zlib.crc32(problem.encode()) % 10
 
 
@@ -219,7 +223,7 @@ def make_documents(rng, world, tokenizer, kind, n):
     return np.concatenate(prompt + turn + [column("<|im_end|>")], 1), sum(p.shape[1] for p in prompt)
 
 
-def train(tokenizer, rng, steps, batch, lr):
+def train(tokenizer, rng, steps=400, batch=128, lr=6e-3):
     """The base model: Qwen3 on `steps` batches of `batch` documents, loss on the assistant's tokens."""
     # A step is two groups: one attempt, and one of the longer kinds. Within a group all lengths are equal, so
     # there is no padding and no mask. Some of the longer kind in each step: as whole batches, now and then,
@@ -255,7 +259,8 @@ def train(tokenizer, rng, steps, batch, lr):
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 49 or step == steps - 1:
-            print(f"step {step + 1}/{steps}  loss {losses[0]:.3f}, {kind} {losses[1]:.3f}  {time.time() - began:.0f} s", flush=True)
+            text = f"loss {losses[0]:.3f} (one attempt) {losses[1]:.3f} ({kind})"
+            print(f"step {step + 1}/{steps}  {text}  {time.time() - began:.0f} s", flush=True)
     return model.eval()
 
 
@@ -272,38 +277,37 @@ def sample(model, tokenizer, prompts, max_new=96):
 
 
 def measure(model, tokenizer, rows):
-    """What the base model can do: accuracies of the final \\boxed{} at temperature 1, as a dict."""
+    """Accuracies of the final \\boxed{} at temperature 1, of first attempts and after P_r, as a dict."""
     eos = tokenizer.eos_token_id
     boxed = lambda ids: (re.findall(r"\\boxed\{(\d+)\}", tokenizer.decode(ids)) or [None])[-1]
-    prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": r["problem"]}], add_generation_prompt=True)["input_ids"]
-        for r in rows
-    ]
+    chats = [[{"role": "user", "content": row["problem"]}] for row in rows]
+    prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
     first = sample(model, tokenizer, prompts)
     right = np.array([boxed(y) == r["answer"] for y, r in zip(first, rows)])
-    result = {"accuracy": right.mean(), "length": np.mean([len(y) for y in first])}
     wait = tokenizer.convert_tokens_to_ids("Wait")
-    result["says_wait"] = np.mean([wait in y for y in first])
-    for name, phrase, which in (("P_0 after wrong", P_0, ~right), ("P_1 after right", P_1, right), ("P_0 after right", P_0, right)):
-        if which.any():
-            control = tokenizer(f"\n\n{phrase}\n\n").input_ids
-            keep = np.flatnonzero(which)
+    result = {
+        "accuracy": right.mean(),
+        "length": np.mean([len(y) for y in first]),  # tokens, end of turn included
+        "says_wait": np.mean([wait in y for y in first]),
+    }
+    cases = {"P_0 after wrong": (P_0, ~right), "P_1 after right": (P_1, right), "P_0 after right": (P_0, right)}
+    for name, (phrase, which) in cases.items():
+        control, keep = tokenizer(f"\n\n{phrase}\n\n").input_ids, np.flatnonzero(which)
+        if len(keep):
             again = sample(model, tokenizer, [prompts[i] + [t for t in first[i] if t != eos] + control for i in keep])
             result[name] = np.mean([boxed(y) == rows[i]["answer"] for y, i in zip(again, keep)])
-    return {k: round(float(v), 3) for k, v in result.items()}
+    return {name: round(float(value), 3) for name, value in result.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder to write base/ and the three .jsonl files to")
     parser.add_argument("--seed", type=int, default=0, help="of facts, corpus, weights and problems")
-    parser.add_argument("--steps", type=int, default=500, help="training steps of the base model")
-    parser.add_argument("--batch", type=int, default=128, help="documents a step")
-    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of the base model")
     parser.add_argument("--n_train", type=int, default=6144, help="problems in train.jsonl")
     parser.add_argument("--n_val", type=int, default=256, help="problems in val.jsonl")
     parser.add_argument("--n_test", type=int, default=1000, help="problems in test.jsonl")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--threads", type=int, default=1, help="two are 1.5 times as fast if idle, far slower if not")
     args = parser.parse_args()
 
     base = os.path.join(args.out, "base")
@@ -318,23 +322,25 @@ def main():
     tokenizer = make_tokenizer()
 
     os.makedirs(args.out, exist_ok=True)
+    for stale in (base, base + ".tmp"):  # left by a run that was killed, perhaps with another seed
+        shutil.rmtree(stale, ignore_errors=True)
     for name, n in sizes.items():
         rows = make_split(rng, name, n)
         with open(files[name] + ".tmp", "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
         os.replace(files[name] + ".tmp", files[name])
 
-    model = train(tokenizer, rng, args.steps, args.batch, args.lr)
+    model = train(tokenizer, rng, args.steps)
     began = time.time()
     result = measure(model, tokenizer, make_split(rng, "val", 500))
     print(f"500 validation problems, temperature 1, {time.time() - began:.0f} s: {json.dumps(result)}")
     if result.get("P_0 after wrong", 0) < 0.3:
-        raise SystemExit(f"--seed {args.seed}: after P_0 the base model is right on {result.get('P_0 after wrong')} of its"
-                         " wrong first attempts, below 0.3, so SRT has nothing to learn from; try another seed or more --steps")
+        raise SystemExit(
+            f"--seed {args.seed} --steps {args.steps}: accuracy of P_0 after wrong is below 0.3, so self-revision"
+            " training would have little to learn from; try another --seed or more --steps"
+        )
     # base/ is renamed last and whole: where it exists everything does.
-    shutil.rmtree(base + ".tmp", ignore_errors=True)
     save_model(base + ".tmp", model, tokenizer)
-    shutil.rmtree(base, ignore_errors=True)
     os.rename(base + ".tmp", base)
 
 

@@ -1,0 +1,90 @@
+"""What the tests share: tiny models, rows of D_revision made by hand, and a way to run the real scripts."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread only waits
+REPO = Path(__file__).parents[1]
+sys.path[:0] = [str(REPO), str(REPO / "tests")]
+
+import numpy as np
+import pytest
+
+SHARED = REPO.parent / "shared"
+
+
+def run(script, *args, nproc=0, ok=True, seconds=300, env=None):
+    """Runs a script as a user would, alone or under torchrun; returns the CompletedProcess."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)] if nproc else [sys.executable]
+    done = subprocess.run([*start, str(REPO / script), *map(str, args)], capture_output=True, text=True, timeout=seconds,
+                          env={**os.environ, **(env or {})})
+    assert (done.returncode == 0) == ok, f"exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    return done
+
+
+def read(path):
+    return [json.loads(line) for line in open(path)]
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory):
+    import toy
+    return toy.tiny_qwen3(str(tmp_path_factory.mktemp("qwen") / "model"))
+
+
+@pytest.fixture(scope="session")
+def olmo(tmp_path_factory):
+    import toy
+    return toy.tiny_olmo3(str(tmp_path_factory.mktemp("olmo") / "model"))
+
+
+@pytest.fixture(scope="session")
+def problems_file(tmp_path_factory):
+    """40 toy problems."""
+    import toy
+    rng = np.random.default_rng(1)
+    texts = list(dict.fromkeys(toy.make_problem(rng) for _ in range(50)))[:40]
+    path = tmp_path_factory.mktemp("problems") / "problems.jsonl"
+    path.write_text("".join(json.dumps({"id": f"p{i}", "problem": p, "answer": toy.solve(p)}) + "\n" for i, p in enumerate(texts)))
+    return path
+
+
+def make_rows(tokenizer, problems_file, family="qwen"):
+    """Rows as srt.py writes them: every third y_init is right, every y_revised is right, lengths differ."""
+    import toy
+    import verify
+    rows = []
+    for i, problem in enumerate(read(problems_file)):
+        right = i % 3 == 0
+        answer = toy.solve(problem["problem"])
+        good = problem["problem"].replace("?", "1") + f" \\boxed{{{answer}}}"
+        bad = problem["problem"][: 4 + 3 * (i % 5)].replace("?", "2") + f" \\boxed{{{(int(answer) + 1) % 11}}}"
+        encode = lambda text: tokenizer.encode(text, add_special_tokens=False) + tokenizer.end_ids[:1]
+        y = good if right else bad
+        rows.append({**problem, "sample": 0, "y_init": y, "y_init_correct": right, "y_init_tokens": encode(y),
+                     "truncated": False, "no_room": False, "p_r": verify.PHRASES[family][right], "revision": 0,
+                     "y_revised": good, "y_revised_correct": True, "y_revised_tokens": encode(good),
+                     "y_init_verdict": "", "y_revised_verdict": "right", "revised_truncated": False})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def d_revision(qwen, problems_file, tmp_path_factory):
+    """A d_revision.jsonl for the tiny Qwen3."""
+    import verify
+    path = tmp_path_factory.mktemp("data") / "d_revision.jsonl"
+    rows = make_rows(verify.load_tokenizer(qwen), problems_file)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """A process group of this process alone, as `python x.py` has it."""
+    import torch.distributed as dist
+    import verify
+    yield verify.launch()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,353 @@
+"""The trainer: what each side reads, packed attention, and one loss however the batch is split."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import REPO, make_rows, read
+from transformers import AutoModelForCausalLM
+
+import distill
+import sft
+import srt
+import verify
+
+
+@pytest.fixture(params=["qwen", "olmo"])
+def family_model(request):
+    return request.param, request.getfixturevalue(request.param)
+
+
+def sampled_rows(tokenizer, family, problems_file, max_teacher_len=4096):
+    """Rows of phase 2 as if y_init of make_rows had just been sampled, with made-up sampler log-probabilities."""
+    rows = []
+    for row in make_rows(tokenizer, problems_file, family):
+        x = verify.chat_ids(tokenizer, verify.Problem.of_row(row))
+        y = row["y_init_tokens"]
+        sample = srt.Sample(None, y, [-1.0] * len(y), False)
+        rows.append(distill.make_row(tokenizer, family, x, sample, row["y_init_correct"], max_teacher_len))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------- what is read
+
+
+def test_rows_of_both_sides(family_model, problems_file):
+    """x; x, y, P_r; and y, as text and as ids: the first copy of y has no end-of-turn, the second has."""
+    family, folder = family_model
+    tokenizer = verify.load_tokenizer(folder)
+    end = tokenizer.end_ids[0]
+    for row, made in zip(sampled_rows(tokenizer, family, problems_file), make_rows(tokenizer, problems_file, family)):
+        assert row.y == made["y_init_tokens"] and row.y[-1] == end  # the sampler's own ids
+        phrase = verify.PHRASES[family][made["y_init_correct"]]
+        assert tokenizer.decode(row.seen) == tokenizer.decode(row.x) + made["y_init"] + f"\n\n{phrase}\n\n"
+        assert row.seen[:len(row.x)] == row.x and row.seen[len(row.x):len(row.x) + len(row.y) - 1] == row.y[:-1]
+        assert row.seen[len(row.x):].count(end) == 0
+
+
+def test_d_revision_reads_as_the_teacher_does(family_model, problems_file, tmp_path):
+    """Phase 1 trains y_revised after exactly the ids after which phase 2's teacher scores y, cleaning on."""
+    family, folder = family_model
+    tokenizer = verify.load_tokenizer(folder)
+    path = tmp_path / "d.jsonl"
+    made = make_rows(tokenizer, problems_file, family)
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    stages, _ = sft.read_examples(str(path), "revision", 0, tokenizer, family, 4096, seed=0)
+    trained = sorted(tuple(e.ids) for e in stages[0][1])
+    seen = [row.seen for row in sampled_rows(tokenizer, family, problems_file)]
+    assert trained == sorted(tuple(s + row["y_revised_tokens"]) for s, row in zip(seen, made))
+
+
+def test_phrases_follow_the_model_type_and_the_record(qwen, olmo, tmp_path):
+    assert verify.phrase_family(qwen) == "qwen" and verify.phrase_family(olmo) == "olmo"
+    assert verify.phrase_family(olmo, "paper") == "paper"
+    config = json.load(open(os.path.join(qwen, "config.json")))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "sdzero_phrases": "paper"}))
+    assert verify.phrase_family(str(tmp_path)) == "paper"
+
+
+def test_truncation_for_the_teacher(qwen, problems_file):
+    tokenizer = verify.load_tokenizer(qwen)
+    whole = sampled_rows(tokenizer, "qwen", problems_file)[0]
+    control = len(whole.seen) - len(whole.x) - len(whole.y) + 1
+    for limit in (len(whole.x) + control, len(whole.x) + control + 1, len(whole.x) + control + 11, 10):
+        row = sampled_rows(tokenizer, "qwen", problems_file, limit)[0]
+        room = max(0, (limit - len(whole.x) - control) // 2)
+        assert row.y == whole.y[:room] and len(row.logprobs) == len(row.y)
+        assert not row.y or len(row.seen) + len(row.y) <= limit
+    exact = len(whole.x) + control + 2 * len(whole.y)
+    assert sampled_rows(tokenizer, "qwen", problems_file, exact)[0] == whole
+
+
+def test_teacher_scores_after_x_y_phrase(family_model, ranks, problems_file):
+    """Packed hidden states of the second copy of y against plain transformers, one token at a time."""
+    family, folder = family_model
+    tokenizer = verify.load_tokenizer(folder)
+    rows = sampled_rows(tokenizer, family, problems_file)[:5]
+    teacher = sft.load_model(folder, ranks, sft.make_mesh(ranks), torch.float32, trainable=False)
+    states = distill.teacher_states(teacher, rows, 200, ranks.device)
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    head = plain.get_output_embeddings().weight
+    for row, state in zip(rows, states):
+        got = (state @ head.T).log_softmax(-1)
+        for t in range(len(row.y)):
+            with torch.no_grad():
+                want = plain(torch.tensor([row.seen + row.y[:t]])).logits[0, -1].log_softmax(-1)
+            assert torch.allclose(got[t], want, atol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------- attention
+
+
+def test_packed_attention_equals_eager(family_model, ranks, problems_file):
+    """Hidden states of packed rows against transformers' eager attention, row by row; rows are longer than the window."""
+    family, folder = family_model
+    tokenizer = verify.load_tokenizer(folder)
+    rows = [row.seen + row.y for row in sampled_rows(tokenizer, family, problems_file)[:6]] + [[5]]
+    assert max(map(len, rows)) > 3 * 16
+    model = sft.load_model(folder, ranks, sft.make_mesh(ranks), torch.float32, trainable=False)
+    batch = sft.make_batch(rows, ranks.device)
+    with torch.no_grad():
+        packed = model(batch, torch.arange(len(batch.ids)), lambda hidden, head: hidden @ head.T)
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    for row, got in zip(rows, packed.split(list(map(len, rows)))):
+        with torch.no_grad():
+            want = plain(torch.tensor([row])).logits[0]
+        assert torch.allclose(got, want, atol=2e-4), (got - want).abs().max()
+
+
+def test_pack():
+    lengths = [5, 9, 3, 8, 1, 20, 2]
+    bins = sft.pack(lengths, 10)
+    assert sorted(i for b in bins for i in b) == list(range(7))
+    assert all(sum(lengths[i] for i in b) <= 10 or len(b) == 1 for b in bins)
+    assert len(bins) == 4 and sft.pack([], 10) == []
+
+
+# ------------------------------------------------------------------------------- one loss, however it is split
+
+
+def step_of(ranks, folder, rows, mine, budget, kind="reverse"):
+    """Loss, gap and whole gradients of one step in which this rank has the rows `mine`."""
+    mesh = sft.make_mesh(ranks)
+    student = sft.load_model(folder, ranks, mesh, torch.float32)
+    teacher = sft.load_model(folder, ranks, mesh, torch.float32, trainable=False)
+    args = type("Args", (), {"micro_tokens": budget, "kl": kind, "topk": 0})
+    states = distill.teacher_states(teacher, [rows[i] for i in mine], budget, ranks.device)
+    tokens = sum(len(row.y) for row in rows)
+    head = teacher.get_output_embeddings().weight.full_tensor()
+    sums = torch.stack(distill.student_pass(student, [rows[i] for i in mine], states, head, tokens, args, ranks))
+    dist.all_reduce(sums)
+    return sums, {name: p.grad.full_tensor() for name, p in student.named_parameters()}
+
+
+def assert_same(a, b):
+    assert torch.allclose(a[0], b[0], rtol=1e-5), (a[0], b[0])
+    for name in a[1]:
+        error = (a[1][name] - b[1][name]).norm() / a[1][name].norm()
+        assert error < 1e-5, (name, error)
+
+
+SPLITS = {"even": [[0, 1, 2, 3], [4, 5, 6, 7]], "unequal": [[0], [1, 2, 3, 4, 5, 6, 7]], "none": [[], list(range(8))]}
+
+
+def test_micro_batches_do_not_change_the_step(ranks, qwen, problems_file):
+    rows = sampled_rows(verify.load_tokenizer(qwen), "qwen", problems_file)[:8]
+    whole = step_of(ranks, qwen, rows, range(8), 10**6)
+    for budget in (1, 150, 300):  # one row at a time, and packed
+        assert_same(whole, step_of(ranks, qwen, rows, range(8), budget))
+    order = [3, 1, 7, 0, 5, 2, 6, 4]
+    assert_same(whole, step_of(ranks, qwen, rows, order, 300))
+
+
+def test_step_against_autograd(ranks, qwen, problems_file):
+    """The whole step against plain transformers, full logits and autograd in float64."""
+    rows = sampled_rows(verify.load_tokenizer(qwen), "qwen", problems_file)[:4]
+    (loss, _), grads = step_of(ranks, qwen, rows, range(4), 10**6)
+    plain = AutoModelForCausalLM.from_pretrained(qwen, attn_implementation="eager").double()
+    total = 0
+    for row in rows:
+        score = lambda before: plain(torch.tensor([before + row.y])).logits[0, len(before) - 1:-1].log_softmax(-1)
+        s = score(row.x)
+        with torch.no_grad():
+            t = score(row.seen)
+        total = total + (s.exp() * (s - t)).sum()
+    total = total / sum(len(row.y) for row in rows)
+    total.backward()
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    for name, p in plain.named_parameters():
+        assert (grads[name] - p.grad).norm() < 1e-4 * p.grad.norm(), name
+
+
+def two_process_worker(qwen, problems_file, out):
+    """Runs under torchrun with 2 processes (see the test below); the whole batch and each split on the same two ranks."""
+    ranks = verify.launch()
+    rows = sampled_rows(verify.load_tokenizer(qwen), "qwen", problems_file)[:8]
+    result = {name: step_of(ranks, qwen, rows, split[ranks.rank], budget)
+              for name, split in SPLITS.items() for budget in (150,)}
+    if ranks.rank == 0:
+        torch.save(result, out)
+    dist.destroy_process_group()
+
+
+def test_processes_do_not_change_the_step(ranks, qwen, problems_file, tmp_path):
+    """1 process, 2 with equal shares, 2 with unequal ones, and one of 2 with nothing at all."""
+    out = tmp_path / "steps.pt"
+    code = f"import sys; sys.path[:0] = [{str(REPO)!r}, {str(REPO / 'tests')!r}]; import test_train as t; " \
+           f"t.two_process_worker({qwen!r}, {str(problems_file)!r}, {str(out)!r})"
+    script = tmp_path / "worker.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
+                          capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = sampled_rows(verify.load_tokenizer(qwen), "qwen", problems_file)[:8]
+    alone = step_of(ranks, qwen, rows, range(8), 10**6)
+    for name, result in torch.load(out).items():
+        assert_same(alone, result)
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_checkpoint_gives_the_trainers_logits(ranks, tmp_path, problems_file, tie):
+    """A saved folder loads in plain transformers and gives what the trainer has, also after a step; its phrases are kept."""
+    import toy
+    folder = toy.tiny_qwen3(str(tmp_path / "base"), tie=tie)
+    tokenizer = verify.load_tokenizer(folder)
+    model = sft.load_model(folder, ranks, sft.make_mesh(ranks), torch.float32)
+    optimizer = sft.make_optimizer(model, 0.0, (0.9, 0.95))
+    rows = [row.x + row.y for row in sampled_rows(tokenizer, "qwen", problems_file)[:3]]
+    batch = sft.make_batch(rows, ranks.device)
+    everything = torch.arange(len(batch.ids))
+    model(batch, everything, lambda hidden, head: (hidden @ head.T).square().mean()).backward()
+    sft.optimizer_step(model, optimizer, 1e-2, 1.0)
+    with torch.no_grad():
+        ours = model(batch, everything, lambda hidden, head: hidden @ head.T)
+    sft.save_model(str(tmp_path / "saved"), model, tokenizer, "paper", torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager").eval()
+    for row, got in zip(rows, ours.split(list(map(len, rows)))):
+        with torch.no_grad():
+            assert torch.allclose(got, plain(torch.tensor([row])).logits[0], atol=2e-4)
+    assert verify.phrase_family(str(tmp_path / "saved")) == "paper"
+    assert verify.load_tokenizer(str(tmp_path / "saved")).end_ids == tokenizer.end_ids
+    before = AutoModelForCausalLM.from_pretrained(folder)
+    assert not torch.equal(before.get_output_embeddings().weight, plain.get_output_embeddings().weight)
+
+
+def test_state_goes_on_bitwise(ranks, qwen, tmp_path, problems_file):
+    """Two steps, against one step, a saved state, a fresh model and optimizer, and one step more."""
+    rows = [row.x + row.y for row in sampled_rows(verify.load_tokenizer(qwen), "qwen", problems_file)[:3]]
+
+    def fresh():
+        model = sft.load_model(qwen, ranks, sft.make_mesh(ranks), torch.float32)
+        return model, sft.make_optimizer(model, 0.01, (0.9, 0.95))
+
+    def step(model, optimizer):
+        batch = sft.make_batch(rows, ranks.device)
+        model(batch, torch.arange(len(batch.ids)), lambda hidden, head: (hidden @ head.T).square().mean()).backward()
+        sft.optimizer_step(model, optimizer, 1e-2, 1.0)
+
+    one = fresh()
+    step(*one)
+    sft.save_state(str(tmp_path), 1, sft.training_state(*one), {"step": 1})
+    step(*one)
+    two = fresh()
+    state, progress = sft.last_progress(str(tmp_path))
+    torch.distributed.checkpoint.load(sft.training_state(*two), checkpoint_id=state)
+    step(*two)
+    assert progress == {"step": 1}
+    for a, b in zip(one[0].parameters(), two[0].parameters()):
+        assert torch.equal(a.full_tensor(), b.full_tensor())
+
+
+# ------------------------------------------------------------------------------------------------- sft's data
+
+
+def test_objectives_and_stages(qwen, d_revision):
+    tokenizer = verify.load_tokenizer(qwen)
+    made = read(d_revision)
+    right = [row for row in made if row["y_init_correct"]]
+
+    def stages(objective, stage2=20):
+        return sft.read_examples(str(d_revision), objective, stage2, tokenizer, "qwen", 4096, seed=0)[0]
+
+    (one, first), (two, second) = stages("two-stage")
+    assert (one, two) == ("generation", "revision") and len(second) == 20 and len(first) == len(made) - 20
+    whole = {tuple(sft.make_example(tokenizer, "qwen", row, "revision").ids): row for row in made}
+    assert not any(whole[tuple(e.ids)]["y_init_correct"] for e in first)  # stage 1: wrong y_init only
+    assert sum(whole[tuple(e.ids)]["y_init_correct"] for e in second) == min(20, len(right))  # stage 2: right ones first
+    assert not {tuple(e.ids) for e in first} & {tuple(e.ids) for e in second}
+    for e in first:
+        row = whole[tuple(e.ids)]
+        x = len(verify.chat_ids(tokenizer, verify.Problem.of_row(row)))
+        assert e.weights == [0] * x + [1] * (len(e.ids) - x) and e.ids[-1] == tokenizer.end_ids[0]
+    for e in second:
+        n = len(whole[tuple(e.ids)]["y_revised_tokens"])
+        assert e.weights == [0] * (len(e.ids) - n) + [1] * n
+    both = stages("sum")[0][1][0]
+    n = len(whole[tuple(both.ids)]["y_revised_tokens"])
+    assert both.weights[-n:] == [2] * n and set(both.weights[:-n]) == {0, 1}
+    rft = stages("rft")[0][1]
+    assert len(rft) == len({(r["problem"], tuple(r["y_init_tokens"])) for r in right})
+    with pytest.raises(SystemExit, match="stage 1"):
+        stages("two-stage", 1000)
+
+
+def test_cleaning(qwen, tmp_path, d_revision):
+    tokenizer = verify.load_tokenizer(qwen)
+    end = tokenizer.end_ids[0]
+    body, loop = [20, 21, 22, 23, 24], [9, 10, 11, 12]
+    assert sft.trim_repeats(body + loop * 9) == body + loop
+    assert sft.trim_repeats(body + loop * 2) == body + loop * 2  # twice is not a loop
+    assert sft.trim_repeats(body + loop * 5 + [9, 10]) == body + loop + [9, 10] or \
+        sft.trim_repeats(body + loop * 5 + [9, 10])[:len(body)] == body
+    rows = read(d_revision)[:2]
+    rows[0]["y_revised_tokens"] = body + loop * 9  # truncated in a loop: trimmed, and then it ends
+    rows[1]["y_revised_tokens"] = body + [end]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[1]]))
+    stages, counts = sft.read_examples(str(path), "revision", 0, tokenizer, "qwen", 4096, seed=0)
+    assert {tuple(e.ids[-6:]) for e in stages[0][1]} >= {tuple([24] + loop + [end])}
+    assert counts["y_revised: repeating tail trimmed"] == 1 and counts["dropped: duplicate"] == 1
+
+
+class Characters:
+    """A tokenizer of two characters per token, to see where text is cut."""
+    def decode(self, ids): return "".join(ids)
+    def encode(self, text, add_special_tokens): return [text[i:i + 2] for i in range(0, len(text), 2)]
+
+
+@pytest.mark.parametrize("text, want", [
+    ("You're absolutely right to question this. the sum is 4.", "The sum is 4."),
+    ("You are right — the sum is 4.", "The sum is 4."),
+    ("Yes, you're right, let me see. It is 4.", "Let me see. It is 4."),
+    ("Thank you for catching that! Great question. so it is 4.", "So it is 4."),
+    ("Good catch, I slipped. It is 4.", "It is 4."),
+    ("The right answer is 4. Thank you for asking.", "The right answer is 4. Thank you for asking."),
+    ("You are given a triangle.", "You are given a triangle."),
+    ("Good points on the circle are those with x > 0 and y", "Good points on the circle are those with x > 0 and y"),
+])
+def test_flattery(text, want):
+    tokenizer = Characters()
+    ids = sft.strip_flattery(tokenizer, tokenizer.encode(text, False))
+    assert tokenizer.decode(ids) == want
+
+
+def test_flops_by_hand():
+    """One layer, head dim 4, 2 heads, 1 kv head, hidden 8, intermediate 16, vocabulary 10; two rows of 3 and 1 tokens."""
+    config = type("C", (), dict(hidden_size=8, head_dim=4, num_attention_heads=2, num_key_value_heads=1, intermediate_size=16,
+                                vocab_size=10, num_hidden_layers=1, layer_types=None, sliding_window=None))
+    weights = 8 * 8 + 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16
+    pairs = 6 + 1
+    assert sft.forward_flops(config, [3, 1], 2) == 2 * weights * 4 + 4 * 4 * 2 * pairs + 2 * 2 * 8 * 10
+    config.layer_types, config.sliding_window = ["sliding_attention"], 2
+    assert sft.forward_flops(config, [3, 1], 0) == 2 * weights * 4 + 4 * 4 * 2 * (5 + 1)
+
+
+def test_step_problems_cover_each_epoch():
+    seen = [i for step in range(5) for i in distill.step_problems(step, 4, 10, seed=3)]
+    assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
