@@ -158,7 +158,7 @@ class VLLMSampler(Sampler):
         from transformers import AutoConfig
         self.max_len = min(max_len, AutoConfig.from_pretrained(model).max_position_embeddings)
         self.in_flight = 2 * max_seqs
-        self.repack_head = device.type == "cpu"
+        self.on_cpu = device.type == "cpu"
         self.end_ids = tokenizer.end_ids
         self.llm = LLM(model, tensor_parallel_size=1, max_model_len=self.max_len, max_num_seqs=max_seqs, seed=0,
                        dtype=str(dtype).removeprefix("torch."), gpu_memory_utilization=memory,
@@ -187,10 +187,12 @@ class VLLMSampler(Sampler):
                     yield Sample(flying.pop(output.request_id), ids, logps, y.finish_reason == "length")
 
     def load(self, named_tensors):
-        # not model.load_weights: some back ends repack weights after loading, and this undoes and redoes that,
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
-        if self.repack_head:  # but for the CPU's packed copy of a tied head, which would keep the old weights
+        if self.on_cpu:  # the CPU back end repacks weights after loading; a reload undoes and redoes that,
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
+            # but for the packed copy of a tied head, which would keep the old weights
             self.llm.apply_model(lambda model: model.lm_head.quant_method.process_weights_after_loading(model.lm_head))
+        else:
+            self.llm.apply_model(lambda model: len(model.load_weights(named_tensors)))
         self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
 
     def close(self):
