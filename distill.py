@@ -27,13 +27,16 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 import sft
 import srt
 import verify
 from kl import KINDS, chunked_kl
-from verify import fail
+from verify import count, fail, number, positive, share
+
+# flags that a run that goes on may change: none of them changes the objective or what a step is made of
+FREE = ("steps lr warmup weight_decay clip val_every save_every max_sync_gap micro_tokens dtype attn checkpointing compile "
+        "engine vllm_memory judge_seconds")
 
 
 class Row(NamedTuple):
@@ -133,8 +136,8 @@ def keep_best(out, best, step, accuracy, save, keep=3):
     if [accuracy, step] in ranked:
         save(os.path.join(out, "best", f"step-{step:06d}"))
     if dist.get_rank() == 0:
-        for _, old in (b for b in best if b not in ranked):
-            shutil.rmtree(os.path.join(out, "best", f"step-{old:06d}"), ignore_errors=True)
+        for name in set(os.listdir(os.path.join(out, "best"))) - {f"step-{kept:06d}" for _, kept in ranked}:
+            shutil.rmtree(os.path.join(out, "best", name))  # also what a killed run has left
     return ranked
 
 
@@ -171,40 +174,34 @@ def parse_args():
     parser.add_argument("--mode", choices=sorted(verify.INSTRUCTION), default="math")
     parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data; others than those of srt.py")
     # optimisation
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=128, help="prompts of a step, over all ranks; one y each")
-    parser.add_argument("--lr", type=float, default=5e-6)
-    parser.add_argument("--warmup", type=int, default=20, help="steps of linear warmup; constant after")
-    parser.add_argument("--weight_decay", type=float, default=0.01)
-    parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    parser.add_argument("--steps", type=count, default=400)
+    parser.add_argument("--batch", type=count, default=128, help="prompts of a step, over all ranks; one y each")
+    parser.add_argument("--lr", type=positive, default=5e-6)
+    parser.add_argument("--warmup", type=number(int, 0), default=20, help="steps of linear warmup; constant after")
+    parser.add_argument("--weight_decay", type=number(float, 0), default=0.01)
+    parser.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm")
     parser.add_argument("--kl", choices=KINDS, default="reverse")
-    parser.add_argument("--topk", type=int, default=0, help="renormalise over the teacher's k largest logits; 0: exact")
-    parser.add_argument("--sync_every", type=int, default=0, help="set the teacher to the student so often; 0: frozen")
+    parser.add_argument("--topk", type=number(int, 0), default=0, help="renormalise over the teacher's k largest logits; 0: exact")
+    parser.add_argument("--sync_every", type=number(int, 0), default=0, help="set the teacher to the student so often; 0: frozen")
     # sampling
-    parser.add_argument("--max_tokens", type=int, default=8192, help="per response")
-    parser.add_argument("--max_teacher_len", type=int, default=32768, help="of x, y, P_r, y; both y are cut to fit")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--engine", choices=("vllm", "hf"), help="default: vllm where it is installed")
-    parser.add_argument("--vllm_memory", type=float, default=0.3, help="share of the GPU's memory for vLLM")
-    parser.add_argument("--judge_seconds", type=float, default=5.0, help="limit of one verdict")
-    parser.add_argument("--max_sync_gap", type=float, default=0.1, help="stop where sampler and trainer differ by more, in "
+    parser.add_argument("--max_tokens", type=count, default=8192, help="per response")
+    parser.add_argument("--max_teacher_len", type=count, default=32768, help="of x, y, P_r, y; both y are cut to fit")
+    parser.add_argument("--temperature", type=positive, default=1.0)
+    parser.add_argument("--top_p", type=share, default=1.0)
+    parser.add_argument("--engine", type=srt.engine_name, choices=("vllm", "hf"), help="default: vllm where it is installed")
+    parser.add_argument("--vllm_memory", type=share, default=0.3, help="share of the GPU's memory for vLLM")
+    parser.add_argument("--judge_seconds", type=positive, default=5.0, help="limit of one verdict")
+    parser.add_argument("--max_sync_gap", type=positive, default=0.1, help="stop where sampler and trainer differ by more, in "
                         "nats per token; healthy is 0.01-0.02 in bf16, stale weights give about 0.2")
     # validation and saving
     parser.add_argument("--val", help="validation problems, as --data")
-    parser.add_argument("--val_every", type=int, default=20)
-    parser.add_argument("--val_samples", type=int, default=8, help="responses per validation problem")
-    parser.add_argument("--save_every", type=int, default=10, help="steps between states to go on from")
+    parser.add_argument("--val_every", type=count, default=20)
+    parser.add_argument("--val_samples", type=count, default=8, help="responses per validation problem")
+    parser.add_argument("--save_every", type=count, default=10, help="steps between states to go on from")
     sft.add_training_flags(parser)
     args = parser.parse_args()
-    sft.check_positive(parser, args, "steps", "batch", "lr", "clip", "max_tokens", "max_teacher_len", "temperature",
-                       "max_sync_gap", "val_every", "val_samples", "save_every", "micro_tokens")
     if args.topk and args.kl == "jsd":
         parser.error("--topk cannot go with --kl jsd; use --topk 0, or another --kl")
-    if args.topk < 0 or args.sync_every < 0 or args.warmup < 0:
-        parser.error("--topk, --sync_every and --warmup cannot be negative")
-    if not 0 < args.top_p <= 1:
-        parser.error(f"--top_p must lie in (0, 1], got {args.top_p}")
     args.teacher = args.teacher or args.model
     return args
 
@@ -212,9 +209,6 @@ def parse_args():
 def main():
     args = parse_args()
     ranks = verify.launch()
-    sft.resolve_defaults(args, ranks.device)
-    if not sft.open_out(args):
-        return dist.destroy_process_group()
     judge = verify.Judge(limit=args.judge_seconds)
     tokenizer = verify.load_tokenizer(args.model)
     family = verify.phrase_family(args.teacher, args.phrases)
@@ -222,6 +216,17 @@ def main():
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     val_problems = verify.load_problems(args.val, judge, args.mode)[0] if args.val else []
     val_prompts = [verify.chat_ids(tokenizer, problem) for problem in val_problems]
+    if args.batch > len(problems):
+        fail(f"--batch {args.batch}: --data gives {len(problems)} problems, and a step takes different ones; lower it")
+    if verify.load_tokenizer(args.teacher).get_vocab() != tokenizer.get_vocab():
+        fail(f"--teacher {args.teacher} and --model {args.model} have different tokenizers: the KL needs one vocabulary")
+    longest = srt.check_lengths(args.model, prompts + val_prompts, args.max_tokens)
+    srt.check_lengths(args.teacher, prompts, args.max_tokens)
+    verify.open_out(args, ranks, FREE)
+    if sft.finished(args):
+        judge.close()
+        return dist.destroy_process_group()
+    sft.resolve_defaults(args, ranks.device)
 
     mesh = sft.make_mesh(ranks)
     student = sft.load_model(args.model, ranks, mesh, args.dtype, args.attn, checkpointing=args.checkpointing,
@@ -236,21 +241,23 @@ def main():
     state, progress = sft.last_progress(args.out)
     progress = progress or {"step": 0, "best": []}
     if state:
-        dcp.load(sft.training_state(student, optimizer, synchronised), checkpoint_id=state)
+        sft.load_state(state, sft.training_state(student, optimizer, synchronised))
         teacher_head = teacher.get_output_embeddings().weight.full_tensor()
     metrics = sft.Metrics(args.out, progress["step"])
-    longest = max(map(len, prompts + val_prompts))
+    if progress["step"] > args.steps:
+        fail(f"--steps {args.steps}: the run in {args.out} has made {progress['step']}; give at least as many, or --fresh")
     sampler = srt.make_sampler(args.engine, args.model, tokenizer, longest + args.max_tokens, ranks.device, args.dtype,
                                args.vllm_memory)
-    if longest >= sampler.max_len:
-        fail(f"--data: a prompt has {longest} tokens but the model takes {sampler.max_len}; drop it with --range")
     if ranks.rank == 0:
         print(f"{len(problems)} problems ({sum(dropped.values())} dropped), {type(sampler).__name__}, phrases {family}, "
               f"KL {args.kl}{f' top {args.topk}' if args.topk else ''}, from step {progress['step']}", flush=True)
 
+    caught = verify.catch_signals()
+
     def save(path):
         sft.save_model(path, student, tokenizer, family, args.dtype)
 
+    stop = False
     for step in range(progress["step"], args.steps + 1):
         clock = Clock()
         sampler.load(sft.full_tensors(student, args.dtype))
@@ -316,14 +323,18 @@ def main():
             fail(f"step {step}: the sampler's log-probabilities differ from the trainer's by {row['sync_gap']:.3f} nats per "
                  f"token (--max_sync_gap {args.max_sync_gap}): its weights are stale, or its numerics differ")
         progress["step"] = step + 1
-        if progress["step"] % args.save_every == 0:
+        stop = sft.stop_asked(caught, ranks.device, step + 1)
+        if stop or progress["step"] % args.save_every == 0:
             sft.save_state(args.out, step + 1, sft.training_state(student, optimizer, synchronised), progress)
+        if stop:
+            break
 
-    save(os.path.join(args.out, "final"))
-    if ranks.rank == 0:
-        with open(os.path.join(args.out, "summary.json"), "w") as f:
-            json.dump({**vars(args), "dtype": str(args.dtype), "phrases": family, **progress,
-                       "val_accuracy": row.get("val_accuracy")}, f, indent=1)
+    if not stop:
+        save(os.path.join(args.out, "final"))
+    if ranks.rank == 0 and not stop:
+        verify.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(
+            {**vars(args), "dtype": str(args.dtype), "phrases": family, **progress, "val_accuracy": row.get("val_accuracy")},
+            indent=1))
         print(f"saved {args.out}/final" + (f"; validation {row['val_accuracy']:.3f}, best {progress['best']}" if args.val else ""))
     dist.barrier()
     judge.close()

@@ -20,6 +20,7 @@ ids as sampled; rows are packed without padding and do not see each other; logit
 """
 import argparse
 import functools
+import glob
 import json
 import math
 import os
@@ -34,6 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -41,7 +43,10 @@ from torch.utils.checkpoint import checkpoint
 
 import verify
 from kl import chunked_ce
-from verify import fail
+from verify import count, fail, number, positive
+
+# flags that a run that goes on may change: none of them moves a row to another step
+FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype attn checkpointing compile"
 
 # ---------------------------------------------------------------------------------------------- packed attention
 
@@ -124,6 +129,8 @@ def same_number(bins, device):
 def make_mesh(ranks):
     """One node: shard over all ranks. Several: replicate across nodes, shard within each."""
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
+    if ranks.world % per_node:
+        fail(f"{ranks.world} ranks on nodes of {per_node}: every node must run as many")
     if per_node < ranks.world:
         return init_device_mesh(ranks.device.type, (ranks.world // per_node, per_node),
                                 mesh_dim_names=("replicate", "shard"))
@@ -183,12 +190,14 @@ def make_optimizer(model, weight_decay, betas):
 def optimizer_step(model, optimizer, lr, clip):
     """Clips the global gradient norm, steps with this learning rate, clears gradients. Returns the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not math.isfinite(norm):  # the same on every rank; a step would make every weight nan
+        fail(f"the gradient norm is {norm}: this step was not made; the last whole state is in --out, lower --lr and go on")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm.item()
+    return norm
 
 
 # --------------------------------------------------------------------------------------------------- what it costs
@@ -284,7 +293,8 @@ def save_state(out, step, tensors, progress, keep=2):
     folder = os.path.join(out, "state")
     path = os.path.join(folder, f"step-{step:06d}")
     if dist.get_rank() == 0:
-        shutil.rmtree(path + ".tmp", ignore_errors=True)
+        for half in glob.glob(os.path.join(folder, "*.tmp")):
+            shutil.rmtree(half)
         os.makedirs(path + ".tmp")
     dist.barrier()
     dcp.save(tensors, checkpoint_id=path + ".tmp")
@@ -309,8 +319,23 @@ def last_progress(out):
     found = states(out)
     if not found:
         return None, None
-    with open(os.path.join(found[-1], "progress.json")) as f:
-        return found[-1], json.load(f)
+    try:
+        with open(os.path.join(found[-1], "progress.json")) as f:
+            return found[-1], json.load(f)
+    except (OSError, ValueError) as e:
+        fail(BROKEN.format(found[-1], e))
+
+
+BROKEN = "the state {} cannot be read ({}); remove this folder, and the same command goes on from the state before it"
+
+
+def load_state(path, tensors):
+    """Reads a state of save_state into these tensors, by any number of ranks."""
+    try:
+        dcp.load(tensors, checkpoint_id=path)
+    except CheckpointException as e:
+        error = next(iter(e.failures.values()))[0]
+        fail(BROKEN.format(path, (str(error).splitlines() or [type(error).__name__])[0]))
 
 
 class Metrics:
@@ -457,7 +482,7 @@ def cosine(step, steps, warmup=0.05):
 
 def add_training_flags(parser):
     """The flags that sft.py and distill.py share."""
-    parser.add_argument("--micro_tokens", type=int, default=16384, help="tokens of a packed micro-batch on one rank")
+    parser.add_argument("--micro_tokens", type=count, default=16384, help="tokens of a packed micro-batch on one rank")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of compute; default: bfloat16 on cuda, float32 on cpu")
     parser.add_argument("--attn", default="packed", help="packed (torch's varlen_attn) or flash_attention_2")
     parser.add_argument("--checkpointing", type=int, choices=(0, 1), help="recompute activations; default: 1 on cuda")
@@ -478,23 +503,27 @@ def resolve_defaults(args, device):
               f"compile {args.compile}, attention {args.attn}", flush=True)
 
 
-def open_out(args):
-    """Makes --out (with --fresh the old one is renamed first). False if a finished model lies there already."""
-    if args.fresh and dist.get_rank() == 0 and os.path.isdir(args.out):
-        os.rename(args.out, f"{args.out.rstrip('/')}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-    dist.barrier()
-    if os.path.isdir(os.path.join(args.out, "final")):
-        if dist.get_rank() == 0:
-            print(f"{args.out}/final is there already: nothing to do (--fresh starts over)")
+def finished(args):
+    """True if a run that was to make as many steps as this one has ended here; summary.json is the last that it writes."""
+    path = os.path.join(args.out, "summary.json")
+    if not os.path.exists(path):
         return False
-    os.makedirs(args.out, exist_ok=True)
+    with open(path) as f:
+        steps = json.load(f)["steps"]
+    if getattr(args, "steps", steps) != steps:  # distill.py told to make more
+        return False
+    if dist.get_rank() == 0:
+        print(f"{args.out}/final is there already: nothing to do (--fresh starts over)")
     return True
 
 
-def check_positive(parser, args, *names):
-    for name in names:
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name} must be positive, got {getattr(args, name)}")
+def stop_asked(caught, device, step):
+    """True if verify.catch_signals has caught one on any rank: all ranks must stop after the same step."""
+    asked = torch.tensor(len(caught), device=device)
+    dist.all_reduce(asked)
+    if asked and dist.get_rank() == 0:
+        print(f"stopped by a signal after step {step}, which is saved now: the same command goes on from there", flush=True)
+    return bool(asked)
 
 
 def parse_args():
@@ -503,39 +532,39 @@ def parse_args():
     parser.add_argument("--data", required=True, help="d_revision.jsonl (for rft also responses.jsonl) of srt.py")
     parser.add_argument("--out", required=True, help="folder: final/ (the model), state/, metrics.jsonl")
     parser.add_argument("--objective", choices=("two-stage", "sum", "generation", "revision", "rft"), default="two-stage")
-    parser.add_argument("--stage2_size", type=int, default=2000, help="tuples of stage 2, right y_init first")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=4, help="sequences of a step, over all ranks")
-    parser.add_argument("--max_len", type=int, default=32768, help="longer rows are dropped")
-    parser.add_argument("--lr", type=float, default=5e-6)
-    parser.add_argument("--stage2_lr", type=float, help="default: --lr")
-    parser.add_argument("--weight_decay", type=float, default=1e-4)
-    parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    parser.add_argument("--save_every", type=int, default=100, help="steps between states to go on from")
+    parser.add_argument("--stage2_size", type=count, default=2000, help="tuples of stage 2, right y_init first")
+    parser.add_argument("--epochs", type=count, default=3)
+    parser.add_argument("--batch", type=count, default=4, help="sequences of a step, over all ranks")
+    parser.add_argument("--max_len", type=count, default=32768, help="longer rows are dropped")
+    parser.add_argument("--lr", type=positive, default=5e-6)
+    parser.add_argument("--stage2_lr", type=positive, help="default: --lr")
+    parser.add_argument("--weight_decay", type=number(float, 0), default=1e-4)
+    parser.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm")
+    parser.add_argument("--save_every", type=count, default=100, help="steps between states to go on from")
     parser.add_argument("--no_clean", action="store_true", help="leave repeating tails and flattering openings")
     add_training_flags(parser)
-    args = parser.parse_args()
-    check_positive(parser, args, "stage2_size", "epochs", "batch", "max_len", "lr", "clip", "save_every", "micro_tokens")
-    return args
+    return parser.parse_args()
 
 
 def main():
     args = parse_args()
     ranks = verify.launch()
-    resolve_defaults(args, ranks.device)
-    if not open_out(args):
-        return dist.destroy_process_group()
     tokenizer = verify.load_tokenizer(args.model)
     family = verify.phrase_family(args.model, args.phrases)
     stages, counts = read_examples(args.data, args.objective, args.stage2_size, tokenizer, family, args.max_len,
                                    args.seed, args.no_clean)
     if ranks.rank == 0:
         print(f"phrases {family}; " + ", ".join(f"{name} {n}" for name, n in counts.items() if n), flush=True)
+    verify.open_out(args, ranks, FREE)
+    if finished(args):
+        return dist.destroy_process_group()
+    resolve_defaults(args, ranks.device)
     model = load_model(args.model, ranks, make_mesh(ranks), args.dtype, args.attn, checkpointing=args.checkpointing,
                        compile=args.compile)
     state, progress = last_progress(args.out)
     step_count = progress["step"] if progress else 0
     metrics = Metrics(args.out, step_count)
+    caught = verify.catch_signals()
     done_before = 0  # steps of the stages before this one
 
     for stage, (name, examples) in enumerate(stages, 1):
@@ -546,7 +575,7 @@ def main():
             continue  # a resumed run whose state is in a later stage
         optimizer = make_optimizer(model, args.weight_decay, betas=(0.9, 0.95))
         if state:
-            dcp.load(training_state(model, optimizer), checkpoint_id=state)
+            load_state(state, training_state(model, optimizer))
             state = None
             if done_before == step_count:  # the state is the end of the stage before: this one starts with a new optimizer
                 optimizer = make_optimizer(model, args.weight_decay, betas=(0.9, 0.95))
@@ -594,15 +623,17 @@ def main():
                       + (f"  mfu {row['mfu']:.1%}" if row["mfu"] else "") + f"  peak {row['peak_gb']:.2f} GiB", flush=True)
             if not math.isfinite(row["loss"]):
                 fail(f"step {step_count - 1}: the loss is {row['loss']}; the last whole state is in {args.out}/state; lower --lr")
-            if step_count % args.save_every == 0:
+            stop = stop_asked(caught, ranks.device, step_count)
+            if stop or step_count % args.save_every == 0:
                 save_state(args.out, step_count, training_state(model, optimizer), {"step": step_count})
+            if stop:
+                return dist.destroy_process_group()
         done_before += steps
 
     save_model(os.path.join(args.out, "final"), model, tokenizer, family, args.dtype)
     if ranks.rank == 0:
-        with open(os.path.join(args.out, "summary.json"), "w") as f:
-            json.dump({"counts": counts, "phrases": family, "steps": step_count, **vars(args), "dtype": str(args.dtype)},
-                      f, indent=1)
+        verify.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(
+            {"counts": counts, "phrases": family, "steps": step_count, **vars(args), "dtype": str(args.dtype)}, indent=1))
         print(f"saved {args.out}/final")
     dist.destroy_process_group()
 

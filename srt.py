@@ -22,7 +22,6 @@ import importlib.util
 import json
 import math
 import os
-import shutil
 import time
 import zlib
 from collections import Counter, deque
@@ -34,7 +33,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import verify
-from verify import fail
+from verify import count, fail, number, positive, share
+
+# flags that a run that goes on may change: they decide neither what is asked nor how it is sampled
+FREE = "target engine dtype vllm_memory judge_seconds"
 
 # -------------------------------------------------------------------------------------------------------- samplers
 # Two engines, one interface:
@@ -202,12 +204,27 @@ class VLLMSampler(Sampler):
 
 def make_sampler(engine, model, tokenizer, max_len, device, dtype, vllm_memory):
     """The engine that --engine names: 'vllm', 'hf', or None for vllm where it is installed and else hf."""
-    installed = importlib.util.find_spec("vllm") is not None
-    if engine == "vllm" and not installed:
-        fail("--engine vllm: vLLM is not installed; pip install -r requirements.txt, or use --engine hf")
-    if (engine or ("vllm" if installed else "hf")) == "vllm":
+    if (engine or ("vllm" if importlib.util.find_spec("vllm") else "hf")) == "vllm":
         return VLLMSampler(model, tokenizer, max_len, device, dtype, vllm_memory)
     return HFSampler(model, tokenizer, max_len, device, dtype)
+
+
+def engine_name(text):
+    """The argparse type of --engine."""
+    if text == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise argparse.ArgumentTypeError("vLLM is not installed; pip install -r requirements.txt, or use --engine hf")
+    return text
+
+
+def check_lengths(model, prompts, max_tokens):
+    """Ends the program where the model cannot take a prompt, or never --max_tokens. Returns the longest prompt's length."""
+    from transformers import AutoConfig
+    limit, longest = AutoConfig.from_pretrained(model).max_position_embeddings, max(map(len, prompts))
+    if max_tokens > limit:
+        fail(f"--max_tokens {max_tokens}: --model {model} takes {limit} tokens, prompt and response together; lower it")
+    if longest >= limit:
+        fail(f"--data: a prompt has {longest} tokens but --model {model} takes {limit}; drop it with --range")
+    return longest
 
 
 def request_seed(*parts):
@@ -238,22 +255,8 @@ def drop_torn_line(path):
             f.truncate(f.read().rfind(b"\n") + 1)
 
 
-def write_atomically(path, text):
-    with open(path + ".tmp", "w") as f:
-        f.write(text)
-    os.replace(path + ".tmp", path)
-
-
 def write_rows(path, rows):
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def move_aside(out):
-    """--fresh: the old folder gets a new name; nothing is deleted."""
-    if os.path.isdir(out) and os.listdir(out):
-        old = f"{out.rstrip('/')}.old-{time.strftime('%Y%m%d-%H%M%S')}"
-        shutil.move(out, old)
-        print(f"--fresh: {out} is now {old}")
+    verify.write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # --------------------------------------------------------------------------------------------------------- summary
@@ -318,58 +321,50 @@ def parse_args():
     parser.add_argument("--out", required=True, help="folder for responses.jsonl, d_revision.jsonl, summary.json")
     parser.add_argument("--mode", choices=sorted(verify.INSTRUCTION), default="math")
     parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data, so that phases see disjoint ones")
-    parser.add_argument("--max_problems", type=int, help="at most so many problems")
+    parser.add_argument("--max_problems", type=count, help="at most so many problems")
     parser.add_argument("--eval", action="store_true", help="keep nothing: measure only; --num_revisions is 0 unless given")
     # how much
-    parser.add_argument("--num_responses", type=int, default=1, help="y_init per problem")
-    parser.add_argument("--num_revisions", type=int, help="y_revised per y_init (default 3; with --eval 0)")
+    parser.add_argument("--num_responses", type=count, default=1, help="y_init per problem")
+    parser.add_argument("--num_revisions", type=number(int, 0), help="y_revised per y_init (default 3; with --eval 0)")
     parser.add_argument("--revise_correct", type=int, choices=(0, 1), default=1, help="revise right y_init too")
-    parser.add_argument("--target", type=int, default=6000, help="stop when so many tuples are kept; 0: no limit")
+    parser.add_argument("--target", type=number(int, 0), help="stop when so many tuples are kept (default 6000); 0: no limit")
     # sampling
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top_p", type=float, default=0.9)
-    parser.add_argument("--max_tokens", type=int, default=16384, help="per response")
+    parser.add_argument("--temperature", type=number(float, 0), default=1.0)
+    parser.add_argument("--top_p", type=share, default=0.9)
+    parser.add_argument("--max_tokens", type=count, default=16384, help="per response")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--phrases", choices=sorted(verify.PHRASES), help="P_r family; default: what the model records")
     # engine
-    parser.add_argument("--engine", choices=("vllm", "hf"), help="default: vllm where it is installed")
+    parser.add_argument("--engine", type=engine_name, choices=("vllm", "hf"), help="default: vllm where it is installed")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on cuda, float32 on cpu")
-    parser.add_argument("--vllm_memory", type=float, default=0.85, help="share of the GPU's memory for vLLM")
-    parser.add_argument("--judge_seconds", type=float, default=5.0, help="limit of one verdict")
+    parser.add_argument("--vllm_memory", type=share, default=0.85, help="share of the GPU's memory for vLLM")
+    parser.add_argument("--judge_seconds", type=positive, default=5.0, help="limit of one verdict")
     parser.add_argument("--fresh", action="store_true", help="start over; an old --out is renamed, not deleted")
     args = parser.parse_args()
     if args.num_revisions is None:
         args.num_revisions = 0 if args.eval else 3
-    for name in ("num_responses", "max_tokens"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    for name in ("num_revisions", "target", "temperature"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} cannot be negative, got {getattr(args, name)}")
-    if not 0 < args.top_p <= 1:
-        parser.error(f"--top_p must lie in (0, 1], got {args.top_p}")
     return args
 
 
 def main():
     args = parse_args()
     ranks = verify.launch()
-    if args.fresh and ranks.rank == 0:
-        move_aside(args.out)
-    os.makedirs(args.out, exist_ok=True)
-    dist.barrier()
     judge = verify.Judge(limit=args.judge_seconds)
     problems, dropped = verify.load_problems(args.data, judge, args.mode, args.range_, args.max_problems)
     tokenizer = verify.load_tokenizer(args.model)
     family = verify.phrase_family(args.model, args.phrases)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
-    longest = max(map(len, prompts))
+    longest = check_lengths(args.model, prompts, args.max_tokens)
+    reachable = len(problems) * args.num_responses * args.num_revisions
+    if not args.eval and (args.target or 0) > reachable:
+        fail(f"--target {args.target}: {len(problems)} problems x {args.num_responses} responses x {args.num_revisions} "
+             f"revisions give at most {reachable}; lower it, or raise --num_responses or --num_revisions")
+    target = 0 if args.eval else 6000 if args.target is None else args.target
+    verify.open_out(args, ranks, FREE)
     rounds = 2 if args.num_revisions else 1
     sampler = make_sampler(args.engine, args.model, tokenizer, longest + rounds * args.max_tokens + 64, ranks.device, dtype,
                            args.vllm_memory)
-    if longest >= sampler.max_len:
-        fail(f"a prompt has {longest} tokens but the model takes {sampler.max_len}; drop it with --range")
     if ranks.rank == 0:
         print(f"{len(problems)} problems ({sum(dropped.values())} dropped), {ranks.world} rank(s) on {ranks.device.type}, "
               f"{type(sampler).__name__} {dtype}, phrases {family}", flush=True)
@@ -378,6 +373,7 @@ def main():
     own_file = os.path.join(args.out, f"responses.rank{ranks.rank}.jsonl")
     drop_torn_line(own_file)
     dist.barrier()
+    caught = verify.catch_signals()
     file = open(own_file, "a")
     queue = deque()  # requests of problems that this rank has taken
     judging = []  # (sample, its text, future verdict)
@@ -386,7 +382,7 @@ def main():
     def take_problem():
         """Puts what is missing of the next problem into the queue. False when none is left or the target is reached."""
         i = ranks.store.add("taken", 1) - 1
-        if i >= len(problems) or (args.target and not args.eval and ranks.store.add("kept", 0) >= args.target):
+        if i >= len(problems) or (target and ranks.store.add("kept", 0) >= target):
             return False
         bar.update(i + 1 - bar.n)
         for sample in range(args.num_responses):
@@ -446,13 +442,19 @@ def main():
                 still.append((sample, text, future))
         judging[:] = still
 
+    def stopped():
+        """True as soon as any rank has had a signal."""
+        return ranks.store.add("stop", len(caught)) > 0
+
     started, tokens = time.time(), 0
-    while True:
+    while not stopped():
         for sample in sampler.stream(pull, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p):
             text = tokenizer.decode(sample.ids, skip_special_tokens=True)
             judging.append((sample, text, judge.submit(problems[sample.request.key[0]], text)))
             tokens += len(sample.ids)
             record_judged(wait=False)
+            if stopped():
+                break  # what is half-sampled is asked for again, with the same seeds
         if not judging:
             break
         record_judged(wait=True)  # the last verdicts may ask for revisions: then sample on
@@ -462,7 +464,10 @@ def main():
     totals = torch.tensor([tokens, 0.0], dtype=torch.float64)
     dist.all_reduce(totals)
 
-    if ranks.rank == 0:  # one merged file in the order of the problems, whatever rank sampled what
+    if stopped():
+        if ranks.rank == 0:
+            print(f"stopped by a signal: what is judged is in {args.out}; the same command goes on from there")
+    elif ranks.rank == 0:  # one merged file in the order of the problems, whatever rank sampled what
         order = {problem.id: i for i, problem in enumerate(problems)}
         rows = sorted((r for r in read_rows(args.out).values() if r["id"] in order),
                       key=lambda r: (order[r["id"]], *row_key(r)[1:]))
@@ -470,7 +475,7 @@ def main():
         for path in row_files(args.out):
             if not path.endswith("responses.jsonl"):
                 os.remove(path)  # every line of it now stands in responses.jsonl
-        kept = [] if args.eval else [r for r in rows if r["y_revised_correct"]][: args.target or None]
+        kept = [] if args.eval else [r for r in rows if r["y_revised_correct"]][: target or None]
         if not args.eval:
             write_rows(os.path.join(args.out, "d_revision.jsonl"), kept)
         summary = {"model": args.model, "data": args.data, "phrases": family, "temperature": args.temperature,
@@ -478,11 +483,11 @@ def main():
                    "engine": type(sampler).__name__, "problems_dropped": dict(dropped),
                    **summarise(rows, kept, args.num_responses), "seconds": round(seconds, 1),
                    "tokens_per_second": round(totals[0].item() / seconds, 1)}
-        write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1) + "\n")
+        verify.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1) + "\n")
         for name, value in summary.items():
             print(f"{name:28s} {round(value, 4) if isinstance(value, float) else value}")
-        if not args.eval and args.target and len(kept) < args.target:
-            print(f"note: --target {args.target} was not reached: all {len(problems)} problems gave {len(kept)} tuples")
+        if target and len(kept) < target:
+            print(f"note: --target {target} was not reached: all {len(problems)} problems gave {len(kept)} tuples")
     dist.barrier()
     judge.close()
     sampler.close()

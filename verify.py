@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ def launch():
     """
     import torch
     import torch.distributed as dist
+    sys.excepthook = one_line
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -54,6 +56,81 @@ def launch():
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=rank,
                             world_size=world)
     return Ranks(rank, world, device, dist.PrefixStore("shared", store))
+
+
+def one_line(kind, error, traceback):
+    """The excepthook of every script: what a user can mend is one line on stderr; anything else is a traceback as ever."""
+    import torch
+    from safetensors import SafetensorError
+    from torch.distributed.checkpoint.api import CheckpointException
+    if isinstance(error, CheckpointException):  # of a save: what broke it, on whichever rank
+        error = next(iter(error.failures.values()))[0]
+    text = (str(error).splitlines() or [""])[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        text += "; lower --micro_tokens (training) or --vllm_memory (sampling), and give the same command again"
+    elif isinstance(error, KeyboardInterrupt):
+        text = "interrupted before there was anything to keep; the same command starts again"
+    elif isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in text:
+        text += "; nothing whole is lost: once this is mended, the same command goes on"
+    else:
+        return sys.__excepthook__(kind, error, traceback)
+    print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def catch_signals():
+    """From here on SIGTERM and SIGINT (Ctrl-C) only fill the list that this returns: the caller stops where it is whole."""
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: caught.append(signal.Signals(number).name))
+    return caught
+
+
+def open_out(args, ranks, free):
+    """
+    Makes --out and records the flags of the run in its flags.json; with --fresh an old --out is renamed first, never
+    deleted. Where a run with other flags is in it, they are named; the program ends if one is not among `free` (a string
+    of names), for two runs would be mixed.
+    """
+    import torch.distributed as dist
+    if ranks.rank == 0:
+        if args.fresh and os.path.isdir(args.out) and os.listdir(args.out):
+            old = f"{args.out.rstrip('/')}.old-{time.strftime('%Y%m%d-%H%M%S')}"
+            os.rename(args.out, old)
+            print(f"--fresh: {args.out} is now {old}")
+        os.makedirs(args.out, exist_ok=True)
+        path = os.path.join(args.out, "flags.json")
+        flags = {name.rstrip("_"): value for name, value in vars(args).items() if name not in ("out", "fresh")}
+        before = {**flags, **json.load(open(path))} if os.path.exists(path) else flags
+        changed = [name for name in flags if before[name] != flags[name]]
+        text = ", ".join(f"--{name} {before[name]} -> {flags[name]}" for name in changed)
+        if set(changed) - set(free.split()):
+            fail(f"--out {args.out} was made with other flags: {text}; give the old ones, another --out, or --fresh, which "
+                 "renames the old folder and starts over")
+        if changed:
+            print(f"flags changed since this run began: {text}", flush=True)
+        write_atomically(path, json.dumps(flags, indent=1) + "\n")
+    dist.barrier()
+
+
+def write_atomically(path, text):
+    with open(path + ".tmp", "w") as f:
+        f.write(text)
+    os.replace(path + ".tmp", path)
+
+
+def number(kind, low, high=sys.maxsize, above=False):
+    """An argparse type: a number within [low, high], or with `above` in (low, high]."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or (above and value == low):  # nan neither
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}"
+                                             + (f" and at most {high}" if high < sys.maxsize else ""))
+        return value
+    parse.__name__ = kind.__name__  # argparse says "invalid int value" where it is none
+    return parse
+
+
+count, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1, above=True)
 
 
 # ------------------------------------------------------------------------------------------------------- problems
@@ -250,7 +327,10 @@ def load_tokenizer(model):
     from transformers import AutoTokenizer, GenerationConfig
     if not os.path.isfile(os.path.join(model, "config.json")) and (os.path.exists(model) or model.count("/") != 1):
         fail(f"model {model}: no config.json there; a folder with a Hugging Face model is wanted")
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, TypeError, KeyError) as e:  # as the file is missing, not JSON, or of another kind
+        fail(f"model {model}: its tokenizer does not load: {(str(e).splitlines() or [''])[0]}")
     if not tokenizer.chat_template:
         fail(f"model {model}: its tokenizer has no chat template; use an instruct model or add chat_template.jinja")
     try:

@@ -40,15 +40,19 @@ def olmo(tmp_path_factory):
     return toy.tiny_olmo3(str(tmp_path_factory.mktemp("olmo") / "model"))
 
 
+def write_problems(path, n):
+    """Toy problems; returns the path."""
+    import toy
+    rng = np.random.default_rng(1)
+    texts = list(dict.fromkeys(toy.make_problem(rng) for _ in range(n + 10)))[:n]
+    path.write_text("".join(json.dumps({"id": f"p{i}", "problem": p, "answer": toy.solve(p)}) + "\n" for i, p in enumerate(texts)))
+    return path
+
+
 @pytest.fixture(scope="session")
 def problems_file(tmp_path_factory):
     """40 toy problems."""
-    import toy
-    rng = np.random.default_rng(1)
-    texts = list(dict.fromkeys(toy.make_problem(rng) for _ in range(50)))[:40]
-    path = tmp_path_factory.mktemp("problems") / "problems.jsonl"
-    path.write_text("".join(json.dumps({"id": f"p{i}", "problem": p, "answer": toy.solve(p)}) + "\n" for i, p in enumerate(texts)))
-    return path
+    return write_problems(tmp_path_factory.mktemp("problems") / "problems.jsonl", 40)
 
 
 def make_rows(tokenizer, problems_file, family="qwen"):
