@@ -226,6 +226,10 @@ def main():
     if sft.finished(args):
         judge.close()
         return dist.destroy_process_group()
+    state, progress = sft.last_progress(args.out)
+    progress = progress or {"step": 0, "best": []}
+    if progress["step"] > args.steps:
+        fail(f"--steps {args.steps}: the run in {args.out} has made {progress['step']}; give at least as many, or --fresh")
     sft.resolve_defaults(args, ranks.device)
 
     mesh = sft.make_mesh(ranks)
@@ -238,14 +242,10 @@ def main():
     teacher_head = teacher.get_output_embeddings().weight.full_tensor()  # [V, H]
     optimizer = sft.make_optimizer(student, args.weight_decay, betas=(0.9, 0.999))
     synchronised = teacher if args.sync_every else None
-    state, progress = sft.last_progress(args.out)
-    progress = progress or {"step": 0, "best": []}
     if state:
         sft.load_state(state, sft.training_state(student, optimizer, synchronised))
         teacher_head = teacher.get_output_embeddings().weight.full_tensor()
     metrics = sft.Metrics(args.out, progress["step"])
-    if progress["step"] > args.steps:
-        fail(f"--steps {args.steps}: the run in {args.out} has made {progress['step']}; give at least as many, or --fresh")
     sampler = srt.make_sampler(args.engine, args.model, tokenizer, longest + args.max_tokens, ranks.device, args.dtype,
                                args.vllm_memory)
     if ranks.rank == 0:

@@ -506,7 +506,7 @@ def resolve_defaults(args, device):
 def finished(args):
     """True if a run that was to make as many steps as this one has ended here; summary.json is the last that it writes."""
     path = os.path.join(args.out, "summary.json")
-    if not os.path.exists(path):
+    if not os.path.exists(path) or not os.path.isdir(os.path.join(args.out, "final")):
         return False
     with open(path) as f:
         steps = json.load(f)["steps"]
@@ -558,10 +558,10 @@ def main():
     verify.open_out(args, ranks, FREE)
     if finished(args):
         return dist.destroy_process_group()
+    state, progress = last_progress(args.out)
     resolve_defaults(args, ranks.device)
     model = load_model(args.model, ranks, make_mesh(ranks), args.dtype, args.attn, checkpointing=args.checkpointing,
                        compile=args.compile)
-    state, progress = last_progress(args.out)
     step_count = progress["step"] if progress else 0
     metrics = Metrics(args.out, step_count)
     caught = verify.catch_signals()

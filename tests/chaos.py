@@ -23,14 +23,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 REPO = Path(__file__).parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
+import torch
 from conftest import make_rows, read, write_problems
 
 import distill
+import kl
 import sft
 import srt
 import verify
 
-SCRIPTS = {"srt.py": srt, "sft.py": sft, "distill.py": distill}
+SCRIPTS = {"verify.py": verify, "srt.py": srt, "sft.py": sft, "kl.py": kl, "distill.py": distill}
+srt.HFSampler.__init__.__defaults__ = (4,)  # small batches, so that rows come in one after another as with vLLM
 
 
 def free_port():
@@ -40,27 +43,31 @@ def free_port():
 
 
 class Forked:
-    """The ranks of one run as forks of this process; `wait` ends the others when one fails, as torchrun does."""
+    """
+    The ranks of one run as forks of this process; `wait` ends the others when one fails, as torchrun does. stdout goes to
+    the file `log`, stderr to log.err. patch(rank) is called in each rank before its main; per_node: ranks of a node.
+    """
 
-    def __init__(self, script, args, nproc, log):
+    def __init__(self, script, args, nproc, log, patch=lambda rank: None, per_node=None):
+        assert not torch.distributed.is_initialized(), "a process group cannot be forked"
         port, self.pids, self.codes = free_port(), [], {}
         for rank in range(nproc):
             pid = os.fork()
             if pid == 0:
-                self.child(script, args, rank, nproc, port, log)
+                self.child(script, args, rank, nproc, port, str(log), patch, per_node or nproc)
             self.pids.append(pid)
 
-    def child(self, script, args, rank, nproc, port, log):
+    def child(self, script, args, rank, nproc, port, log, patch, per_node):
         code = 1
         try:
-            fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(fd, 1)
-            os.dup2(fd, 2)
+            for number, path in ((1, log), (2, log + ".err")):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
             os.setsid()
             if nproc > 1:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc),
-                                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % per_node), WORLD_SIZE=str(nproc),
+                                  LOCAL_WORLD_SIZE=str(per_node), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            patch(rank)
             sys.argv = [script, *map(str, args)]
             SCRIPTS[script].main()
             code = 0
@@ -88,6 +95,7 @@ class Forked:
                     self.codes[pid] = os.waitstatus_to_exitcode(status)
             if any(self.codes.values()) or time.time() > end:
                 self.kill("all")
+                end = time.time() + 5
             time.sleep(0.02)
         return not any(self.codes.values())
 
@@ -97,8 +105,8 @@ class Torchrun:
 
     def __init__(self, script, args, nproc, log):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc), str(REPO / script),
-             *map(str, args)], stdout=open(log, "a"), stderr=subprocess.STDOUT)
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc), __file__, "--child",
+             script, *map(str, args)], stdout=open(log, "a"), stderr=subprocess.STDOUT)
 
     def ranks(self):
         """{rank: pid} of those that have started."""
@@ -209,4 +217,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--child"]:
+        sys.argv = sys.argv[2:]
+        SCRIPTS[sys.argv[0]].main()
+    else:
+        main()

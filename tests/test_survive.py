@@ -1,0 +1,333 @@
+"""Runs that survive: killed, signalled, resumed with other ranks, on several nodes, with broken disks and bad input."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from concurrent.futures import Future
+from pathlib import Path
+
+import chaos
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import REPO, make_rows, read
+
+import distill
+import sft
+import srt
+import verify
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return chaos.make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """What uninterrupted runs of one rank end with."""
+    folder = tmp_path_factory.mktemp("whole")
+    for script, args in inputs.items():
+        go(script, [*args, "--out", folder / script], folder)
+    return folder
+
+
+def go(script, args, folder, nproc=1, ok=True, seconds=100, **how):
+    """Runs a script to its end; returns (stdout, stderr)."""
+    log = Path(folder) / f"log-{time.time_ns()}"
+    began, run = time.time(), chaos.Forked(script, args, nproc, log, **how)
+    done = run.wait(seconds)
+    out, err = log.read_text(), Path(f"{log}.err").read_text()
+    assert done == ok and time.time() - began < seconds, f"{run.codes}\n{out[-2000:]}\n{err[-4000:]}"
+    return out, err
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "it did not come"
+        time.sleep(0.01)
+
+
+def rows_of(path):
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+# ------------------------------------------------------------------------------------------------------- SIGKILL
+
+
+def test_chaos(tmp_path):
+    """Six SIGKILLs, two for each script. The long version, under torchrun: make chaos."""
+    seed = 7
+    for script, blows, same, seconds in chaos.table(chaos.Forked, tmp_path, 3, 2, 2, random.Random(seed)):
+        print(f"seed {seed} {script} {blows} {'equal' if same else 'DIFFERENT'} {seconds:.1f} s")
+        assert same, (script, blows)
+
+
+# ------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("script, number, nproc", [("sft.py", signal.SIGTERM, 2), ("distill.py", signal.SIGINT, 1)])
+def test_a_signal_saves_and_ends(script, number, nproc, inputs, tmp_path):
+    """Sent to one rank: all end well after the same step, its state is whole, and the run goes on to the same weights."""
+    args = [*inputs[script], "--save_every", 100]
+    go(script, [*args, "--out", tmp_path / "whole"], tmp_path, nproc)
+    out, log = tmp_path / "out", tmp_path / "log"
+    run = chaos.Forked(script, [*args, "--out", out], nproc, log)
+    wait_for(lambda: rows_of(out / "metrics.jsonl") >= 1)
+    os.kill(run.pids[-1], number)
+    assert run.wait(60), Path(f"{log}.err").read_text()
+    assert "stopped by a signal after step" in log.read_text() and "the same command goes on" in log.read_text()
+    states = os.listdir(out / "state")
+    assert len(states) == 1 and not (out / "final").exists() and int(states[0][5:]) == rows_of(out / "metrics.jsonl")
+    go(script, [*args, "--out", out], tmp_path, nproc)
+    assert chaos.equal(script, tmp_path / "whole", out)
+
+
+def test_a_signal_keeps_what_is_judged(inputs, whole, tmp_path):
+    """srt.py with two ranks, of which one gets the signal; the run goes on with one rank."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    args = [*inputs["srt.py"], "--out", out]
+    run = chaos.Forked("srt.py", args, 2, log)
+    wait_for(lambda: rows_of(out / "responses.rank1.jsonl") >= 4)
+    os.kill(run.pids[1], signal.SIGTERM)
+    assert run.wait(60), Path(f"{log}.err").read_text()
+    assert "stopped by a signal" in log.read_text() and not (out / "responses.jsonl").exists()
+    before = {line for path in out.glob("responses.rank*.jsonl") for line in open(path)}
+    assert 4 <= len(before) < 72
+    go("srt.py", args, tmp_path)
+    assert chaos.equal("srt.py", whole / "srt.py", out) and before <= set(open(out / "responses.jsonl"))
+
+
+# --------------------------------------------------------------------------------------------- other numbers of ranks
+
+
+@pytest.mark.parametrize("script, first, then", [("sft.py", 2, 1), ("sft.py", 1, 3), ("distill.py", 1, 2)])
+def test_another_number_of_ranks(script, first, then, inputs, whole, tmp_path):
+    """The state of `first` ranks goes on with `then`: the same steps, up to rounding."""
+    out = tmp_path / "out"
+    args = [*inputs[script], "--save_every", 3, "--out", out]
+    run = chaos.Forked(script, args, first, tmp_path / "log")
+    wait_for(lambda: (out / "state/step-000003").exists())
+    run.kill("all")
+    run.wait()
+    go(script, args, tmp_path, then)
+    rows, want = read(out / "metrics.jsonl"), read(whole / script / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(len(want)))
+    for a, b in zip(rows, want):
+        if a["tokens"] != b["tokens"]:
+            assert script == "distill.py"  # a rounding error has changed a sampled token
+            break
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
+
+
+def even_is_right(rank):
+    """A judge that says right to half of what a model of random weights says, the same half in every process."""
+    def submit(self, problem, response):
+        done = Future()
+        right = zlib.crc32(response.encode()) % 2 == 0
+        done.set_result(verify.Verdict(right, "right" if right else "wrong"))
+        return done
+    verify.Judge.submit = submit
+
+
+def test_target_whatever_the_ranks(inputs, tmp_path):
+    """The same D_revision of --target tuples from one rank, from three, and after a kill; all ranks stop there together."""
+    args = [*inputs["srt.py"], "--target", 10, "--out"]
+    for name, nproc in (("one", 1), ("three", 3)):
+        go("srt.py", [*args, tmp_path / name], tmp_path, nproc, patch=even_is_right)
+        assert len(read(tmp_path / name / "responses.jsonl")) < 72  # not all was sampled
+    run = chaos.Forked("srt.py", [*args, tmp_path / "killed"], 2, tmp_path / "log", patch=even_is_right)
+    wait_for(lambda: rows_of(tmp_path / "killed/responses.rank0.jsonl") >= 5)
+    run.kill("all")
+    run.wait()
+    go("srt.py", [*args, tmp_path / "killed"], tmp_path, patch=even_is_right)
+    kept = [read(tmp_path / name / "d_revision.jsonl") for name in ("one", "three", "killed")]
+    assert len(kept[0]) == 10 and kept[0] == kept[1] == kept[2]
+
+
+# --------------------------------------------------------------------------------------------------------- flags
+
+
+def test_changed_flags(inputs, whole, tmp_path):
+    """Named; refused where they would mix two runs; --fresh renames; a flag that changes nothing of that goes on."""
+    out = tmp_path / "out"
+    start = lambda *more, **how: go("distill.py", [*inputs["distill.py"], "--out", out, *more], tmp_path, **how)
+    start("--steps", 2)
+    for script, place, changes in (("distill.py", out, [("--kl", "forward")]), ("sft.py", whole / "sft.py", [
+            ("--seed", 1), ("--batch", 5), ("--objective", "sum"), ("--phrases", "paper"), ("--max_len", 900)]),
+            ("srt.py", whole / "srt.py", [("--range", "0:9")])):
+        recorded = (place / "flags.json").read_text()
+        for flag, value in changes:
+            _, err = go(script, [*inputs[script], "--out", place, flag, value], tmp_path, ok=False)
+            assert err.startswith("error:") and f"{flag} " in err and "--fresh" in err and err.count("\n") == 1
+        assert (place / "flags.json").read_text() == recorded
+    said, _ = start("--steps", 3, "--save_every", 7, "--lr", "2e-3")
+    assert "--steps 2 -> 3" in said and "--save_every 1 -> 7" in said and "--lr 0.001 -> 0.002" in said
+    assert [row["lr"] for row in read(out / "metrics.jsonl")] == [1e-3, 1e-3, 2e-3]
+    assert "nothing to do" in start("--steps", 3, "--save_every", 7)[0]
+    assert "--steps 1" in one_error(start("--steps", 1, ok=False)[1])
+    start("--steps", 1, "--seed", 1, "--fresh")
+    old, = tmp_path.glob("out.old-*")
+    assert len(read(old / "metrics.jsonl")) == 3 and len(read(out / "metrics.jsonl")) == 1
+
+
+# -------------------------------------------------------------------------------------------------------- failures
+
+
+def one_error(err):
+    """The one line of an error among the progress bars on stderr."""
+    assert "Traceback" not in err, err
+    line, = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error:")]
+    return line
+
+
+@pytest.mark.parametrize("how", ["exit", "exception"])
+def test_a_failing_rank_ends_all(how, inputs, tmp_path):
+    """Under torchrun: rank 1 fails while rank 0 waits for it; all end within a minute, with the message of rank 1."""
+    script = tmp_path / "broken.py"
+    script.write_text(f"import sys; sys.path[:0] = [{str(REPO)!r}]\nimport os, sft, verify\nreal = sft.optimizer_step\n"
+                      "def broken(*args):\n    if os.environ['RANK'] == '1':\n"
+                      + ("        verify.fail('rank 1 cannot go on')\n" if how == "exit" else "        raise RuntimeError('rank 1 cannot go on')\n")
+                      + "    return real(*args)\nsft.optimizer_step = broken\nsft.main()\n")
+    began = time.time()
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script,
+                           *map(str, inputs["sft.py"]), "--out", tmp_path / "out"], capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0 and "rank 1 cannot go on" in done.stderr and time.time() - began < 60
+
+
+def tmpfs(folder, size):
+    """A disk of so many bytes at `folder`; skips the test where one may not mount."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    return folder
+
+
+@pytest.mark.parametrize("script", ["srt.py", "sft.py", "distill.py"])
+def test_a_full_disk(script, inputs, whole, tmp_path):
+    """One line; with more room the same command goes on to the same end."""
+    used = sum(path.stat().st_size for path in (whole / script).rglob("*") if path.is_file())
+    disk = tmpfs(tmp_path / "disk", used * 6 // 10)
+    try:
+        args = [*inputs[script], "--out", disk / "out"]
+        line = one_error(go(script, args, tmp_path, ok=False)[1])
+        assert "the same command goes on" in line
+        subprocess.run(["mount", "-o", f"remount,size={used * 4}", disk], check=True)
+        go(script, args, tmp_path)
+        assert chaos.equal(script, whole / script, disk / "out")
+    finally:
+        subprocess.run(["umount", "-l", disk])
+
+
+def test_a_read_only_disk(inputs, tmp_path):
+    disk = tmpfs(tmp_path / "disk", 10**6)
+    try:
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        for script, args in inputs.items():
+            assert "Read-only file system" in one_error(go(script, [*args, "--out", disk / "out"], tmp_path, ok=False)[1])
+    finally:
+        subprocess.run(["umount", "-l", disk])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no metadata", "progress"])
+@pytest.mark.parametrize("script", ["sft.py", "distill.py"])
+def test_an_unreadable_state(script, damage, inputs, whole, tmp_path):
+    """Named, with what to do; when done, the run goes on from the state before and ends as ever."""
+    out = tmp_path / "out"
+    shutil.copytree(whole / script, out)
+    shutil.rmtree(out / "final")
+    state = sorted((out / "state").iterdir())[-1]
+    target = {"truncated": next(state.glob("*.distcp")), "no metadata": state / ".metadata", "progress": state / "progress.json"}[damage]
+    os.truncate(target, target.stat().st_size // 2)
+    line = one_error(go(script, [*inputs[script], "--out", out], tmp_path, ok=False)[1])
+    assert str(state) in line and "remove this folder" in line
+    if damage == "truncated":
+        shutil.rmtree(state)
+        go(script, [*inputs[script], "--out", out], tmp_path)
+        assert chaos.equal(script, whole / script, out)
+
+
+def out_of_memory(rank):
+    def broken(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+    sft.optimizer_step = broken
+
+
+def nan_gradient(rank):
+    """From the fourth step on the gradients are nan."""
+    real, steps = sft.optimizer_step, []
+
+    def broken(model, *args):
+        steps.append(1)
+        if len(steps) > 3:
+            next(model.parameters()).grad.mul_(float("nan"))
+        return real(model, *args)
+    sft.optimizer_step = broken
+
+
+@pytest.mark.parametrize("script", ["sft.py", "distill.py"])
+def test_memory_and_nan(script, inputs, whole, tmp_path):
+    args = [*inputs[script], "--out", tmp_path / "out"]
+    line = one_error(go(script, args, tmp_path, ok=False, patch=out_of_memory)[1])
+    assert "--micro_tokens" in line and "--vllm_memory" in line
+    line = one_error(go(script, args, tmp_path, ok=False, patch=nan_gradient)[1])
+    assert "nan" in line and "--lr" in line
+    go(script, args, tmp_path)
+    assert chaos.equal(script, whole / script, tmp_path / "out")
+
+
+# --------------------------------------------------------------------------------------------------- several nodes
+
+
+def nodes_worker(model, problems_file, out):
+    import test_train
+    ranks = verify.launch()
+    mesh = sft.make_mesh(ranks)
+    rows = test_train.sampled_rows(verify.load_tokenizer(model), "qwen", problems_file)[:8]
+    split = [[0], [1, 2, 3], [], [4, 5, 6, 7]][ranks.rank]
+    result = test_train.step_of(ranks, model, rows, split, 150)
+    if ranks.rank == 0:
+        torch.save((mesh.mesh_dim_names, tuple(mesh.shape), *result), out)
+    dist.destroy_process_group()
+
+
+def test_two_nodes_make_the_same_step(qwen, problems_file, tmp_path):
+    """Four processes as 2 nodes x 2, each node with its own torchrun, against one process: loss and every gradient."""
+    import test_train
+    script = tmp_path / "worker.py"
+    script.write_text(f"import sys; sys.path[:0] = [{str(REPO)!r}, {str(REPO / 'tests')!r}]; import test_survive as t; "
+                      f"t.nodes_worker({qwen!r}, {str(problems_file)!r}, sys.argv[1])")
+    port = chaos.free_port()
+    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(k),
+                               "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port), script,
+                               tmp_path / "two"], stderr=subprocess.PIPE, text=True) for k in range(2)]
+    for node in nodes:
+        _, err = node.communicate(timeout=200)
+        assert node.returncode == 0, err[-3000:]
+    alone = tmp_path / "alone.py"  # in a process of its own: the others here are forked, which a process group does not stand
+    alone.write_text(script.read_text().replace("t.nodes_worker", "t.alone_worker"))
+    subprocess.run([sys.executable, alone, tmp_path / "one"], check=True)
+    names, shape, *two = torch.load(tmp_path / "two")
+    assert names == ("replicate", "shard") and shape == (2, 2)
+    test_train.assert_same(torch.load(tmp_path / "one"), two)
+
+
+def alone_worker(model, problems_file, out):
+    import test_train
+    ranks = verify.launch()
+    rows = test_train.sampled_rows(verify.load_tokenizer(model), "qwen", problems_file)[:8]
+    torch.save(test_train.step_of(ranks, model, rows, range(8), 10**6), out)
+    dist.destroy_process_group()
+
+
+def test_two_nodes_train(inputs, whole, tmp_path):
+    """sft.py from end to end on 2 nodes x 2: states, final model, steps."""
+    go("sft.py", [*inputs["sft.py"], "--out", tmp_path / "out"], tmp_path, 4, per_node=2)
+    for a, b in zip(read(tmp_path / "out/metrics.jsonl"), read(whole / "sft.py/metrics.jsonl"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
