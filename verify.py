@@ -44,7 +44,6 @@ def launch():
     """
     import torch
     import torch.distributed as dist
-    sys.excepthook = one_line
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -55,26 +54,27 @@ def launch():
         store, rank, world = dist.HashStore(), 0, 1
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=rank,
                             world_size=world)
+    shown = sys.excepthook  # torch's by now: a traceback with the rank before each line
+    sys.excepthook = lambda kind, error, traceback: (
+        print(f"error: {line}", file=sys.stderr, flush=True) if (line := mendable(error)) else shown(kind, error, traceback))
     return Ranks(rank, world, device, dist.PrefixStore("shared", store))
 
 
-def one_line(kind, error, traceback):
-    """The excepthook of every script: what a user can mend is one line on stderr; anything else is a traceback as ever."""
+def mendable(error):
+    """One line on an uncaught error that a user can mend (full disk, broken file, out of memory), None for any other."""
     import torch
     from safetensors import SafetensorError
     from torch.distributed.checkpoint.api import CheckpointException
-    if isinstance(error, CheckpointException):  # of a save: what broke it, on whichever rank
+    if isinstance(error, CheckpointException):  # what broke it, on whichever rank
         error = next(iter(error.failures.values()))[0]
     text = (str(error).splitlines() or [""])[0]
     if isinstance(error, torch.OutOfMemoryError):
-        text += "; lower --micro_tokens (training) or --vllm_memory (sampling), and give the same command again"
-    elif isinstance(error, KeyboardInterrupt):
-        text = "interrupted before there was anything to keep; the same command starts again"
-    elif isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in text:
-        text += "; nothing whole is lost: once this is mended, the same command goes on"
-    else:
-        return sys.__excepthook__(kind, error, traceback)
-    print(f"error: {text}", file=sys.stderr, flush=True)
+        return f"{text}; lower --micro_tokens (training) or --vllm_memory (sampling), and give the same command again"
+    if "inline_container.cc" in text:  # how torch.save says that the disk took no more
+        text = f"a state could not be written, is the disk full? ({text})"
+    elif not isinstance(error, (OSError, SafetensorError)):
+        return None
+    return f"{text}; nothing whole is lost: once this is mended, the same command goes on"
 
 
 def catch_signals():

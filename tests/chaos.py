@@ -68,8 +68,9 @@ class Forked:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % per_node), WORLD_SIZE=str(nproc),
                                   LOCAL_WORLD_SIZE=str(per_node), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             patch(rank)
-            sys.argv = [script, *map(str, args)]
-            SCRIPTS[script].main()
+            sys.argv = [str(script), *map(str, args)]
+            main = SCRIPTS[script].main if script in SCRIPTS else script
+            main()
             code = 0
         except SystemExit as e:
             code = 0 if e.code is None else e.code if isinstance(e.code, int) else print(e.code, file=sys.stderr) or 1
@@ -198,7 +199,7 @@ def table(start, folder, runs, kills, nproc, rng):
 def main():
     parser = argparse.ArgumentParser(description="Kill, resume, compare.")
     parser.add_argument("--runs", type=int, default=30)
-    parser.add_argument("--kills", type=int, default=2, help="of each run")
+    parser.add_argument("--kills", type=int, default=1, help="of each run")
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fork", action="store_true", help="without torchrun, faster")
