@@ -32,7 +32,7 @@ import sft
 import srt
 import verify
 from kl import KINDS, chunked_kl
-from verify import count, fail, number, positive, share
+from verify import fail, natural, number, positive, share
 
 # flags that a run that goes on may change: none of them changes the objective or what a step is made of
 FREE = ("steps lr warmup weight_decay clip val_every save_every max_sync_gap micro_tokens dtype attn checkpointing compile "
@@ -174,8 +174,8 @@ def parse_args():
     parser.add_argument("--mode", choices=sorted(verify.INSTRUCTION), default="math")
     parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data; others than those of srt.py")
     # optimisation
-    parser.add_argument("--steps", type=count, default=400)
-    parser.add_argument("--batch", type=count, default=128, help="prompts of a step, over all ranks; one y each")
+    parser.add_argument("--steps", type=natural, default=400)
+    parser.add_argument("--batch", type=natural, default=128, help="prompts of a step, over all ranks; one y each")
     parser.add_argument("--lr", type=positive, default=5e-6)
     parser.add_argument("--warmup", type=number(int, 0), default=20, help="steps of linear warmup; constant after")
     parser.add_argument("--weight_decay", type=number(float, 0), default=0.01)
@@ -184,8 +184,8 @@ def parse_args():
     parser.add_argument("--topk", type=number(int, 0), default=0, help="renormalise over the teacher's k largest logits; 0: exact")
     parser.add_argument("--sync_every", type=number(int, 0), default=0, help="set the teacher to the student so often; 0: frozen")
     # sampling
-    parser.add_argument("--max_tokens", type=count, default=8192, help="per response")
-    parser.add_argument("--max_teacher_len", type=count, default=32768, help="of x, y, P_r, y; both y are cut to fit")
+    parser.add_argument("--max_tokens", type=natural, default=8192, help="per response")
+    parser.add_argument("--max_teacher_len", type=natural, default=32768, help="of x, y, P_r, y; both y are cut to fit")
     parser.add_argument("--temperature", type=positive, default=1.0)
     parser.add_argument("--top_p", type=share, default=1.0)
     parser.add_argument("--engine", type=srt.engine_name, choices=("vllm", "hf"), help="default: vllm where it is installed")
@@ -195,9 +195,9 @@ def parse_args():
                         "nats per token; healthy is 0.01-0.02 in bf16, stale weights give about 0.2")
     # validation and saving
     parser.add_argument("--val", help="validation problems, as --data")
-    parser.add_argument("--val_every", type=count, default=20)
-    parser.add_argument("--val_samples", type=count, default=8, help="responses per validation problem")
-    parser.add_argument("--save_every", type=count, default=10, help="steps between states to go on from")
+    parser.add_argument("--val_every", type=natural, default=20)
+    parser.add_argument("--val_samples", type=natural, default=8, help="responses per validation problem")
+    parser.add_argument("--save_every", type=natural, default=10, help="steps between states to go on from")
     sft.add_training_flags(parser)
     args = parser.parse_args()
     if args.topk and args.kl == "jsd":
@@ -209,17 +209,17 @@ def parse_args():
 def main():
     args = parse_args()
     ranks = verify.launch()
-    judge = verify.Judge(limit=args.judge_seconds)
     tokenizer = verify.load_tokenizer(args.model)
+    if verify.load_tokenizer(args.teacher).get_vocab() != tokenizer.get_vocab():
+        fail(f"--teacher {args.teacher} and --model {args.model} have different tokenizers: the KL needs one vocabulary")
     family = verify.phrase_family(args.teacher, args.phrases)
+    judge = verify.Judge(limit=args.judge_seconds)
     problems, dropped = verify.load_problems(args.data, judge, args.mode, args.range_)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     val_problems = verify.load_problems(args.val, judge, args.mode)[0] if args.val else []
     val_prompts = [verify.chat_ids(tokenizer, problem) for problem in val_problems]
     if args.batch > len(problems):
         fail(f"--batch {args.batch}: --data gives {len(problems)} problems, and a step takes different ones; lower it")
-    if verify.load_tokenizer(args.teacher).get_vocab() != tokenizer.get_vocab():
-        fail(f"--teacher {args.teacher} and --model {args.model} have different tokenizers: the KL needs one vocabulary")
     longest = srt.check_lengths(args.model, prompts + val_prompts, args.max_tokens)
     srt.check_lengths(args.teacher, prompts, args.max_tokens)
     verify.open_out(args, ranks, FREE)

@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 
 import verify
 from kl import chunked_ce
-from verify import count, fail, number, positive
+from verify import fail, natural, number, positive
 
 # flags that a run that goes on may change: none of them moves a row to another step
 FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype attn checkpointing compile"
@@ -448,7 +448,10 @@ def read_examples(path, objective, stage2_size, tokenizer, family, max_len, seed
             counts["dropped: duplicate"] += 1
             continue
         seen.add(key)
-        if len(make_example(tokenizer, family, row, "rft" if objective == "rft" else "revision").ids) > max_len:
+        ids = make_example(tokenizer, family, row, "rft" if objective == "rft" else "revision").ids
+        if max(ids) >= len(tokenizer):
+            fail(f"{path}:{line}: token id {max(ids)}, but --model has {len(tokenizer)} tokens; collect the data with this model")
+        if len(ids) > max_len:
             counts["dropped: longer than --max_len"] += 1
             continue
         rows.append(row)
@@ -482,7 +485,7 @@ def cosine(step, steps, warmup=0.05):
 
 def add_training_flags(parser):
     """The flags that sft.py and distill.py share."""
-    parser.add_argument("--micro_tokens", type=count, default=16384, help="tokens of a packed micro-batch on one rank")
+    parser.add_argument("--micro_tokens", type=natural, default=16384, help="tokens of a packed micro-batch on one rank")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of compute; default: bfloat16 on cuda, float32 on cpu")
     parser.add_argument("--attn", default="packed", help="packed (torch's varlen_attn) or flash_attention_2")
     parser.add_argument("--checkpointing", type=int, choices=(0, 1), help="recompute activations; default: 1 on cuda")
@@ -532,15 +535,15 @@ def parse_args():
     parser.add_argument("--data", required=True, help="d_revision.jsonl (for rft also responses.jsonl) of srt.py")
     parser.add_argument("--out", required=True, help="folder: final/ (the model), state/, metrics.jsonl")
     parser.add_argument("--objective", choices=("two-stage", "sum", "generation", "revision", "rft"), default="two-stage")
-    parser.add_argument("--stage2_size", type=count, default=2000, help="tuples of stage 2, right y_init first")
-    parser.add_argument("--epochs", type=count, default=3)
-    parser.add_argument("--batch", type=count, default=4, help="sequences of a step, over all ranks")
-    parser.add_argument("--max_len", type=count, default=32768, help="longer rows are dropped")
+    parser.add_argument("--stage2_size", type=natural, default=2000, help="tuples of stage 2, right y_init first")
+    parser.add_argument("--epochs", type=natural, default=3)
+    parser.add_argument("--batch", type=natural, default=4, help="sequences of a step, over all ranks")
+    parser.add_argument("--max_len", type=natural, default=32768, help="longer rows are dropped")
     parser.add_argument("--lr", type=positive, default=5e-6)
     parser.add_argument("--stage2_lr", type=positive, help="default: --lr")
     parser.add_argument("--weight_decay", type=number(float, 0), default=1e-4)
     parser.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm")
-    parser.add_argument("--save_every", type=count, default=100, help="steps between states to go on from")
+    parser.add_argument("--save_every", type=natural, default=100, help="steps between states to go on from")
     parser.add_argument("--no_clean", action="store_true", help="leave repeating tails and flattering openings")
     add_training_flags(parser)
     return parser.parse_args()

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import verify
-from verify import count, fail, number, positive, share
+from verify import fail, natural, number, positive, share
 
 # flags that a run that goes on may change: they decide neither what is asked nor how it is sampled
 FREE = "target engine dtype vllm_memory judge_seconds"
@@ -321,17 +321,17 @@ def parse_args():
     parser.add_argument("--out", required=True, help="folder for responses.jsonl, d_revision.jsonl, summary.json")
     parser.add_argument("--mode", choices=sorted(verify.INSTRUCTION), default="math")
     parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data, so that phases see disjoint ones")
-    parser.add_argument("--max_problems", type=count, help="at most so many problems")
+    parser.add_argument("--max_problems", type=natural, help="at most so many problems")
     parser.add_argument("--eval", action="store_true", help="keep nothing: measure only; --num_revisions is 0 unless given")
     # how much
-    parser.add_argument("--num_responses", type=count, default=1, help="y_init per problem")
+    parser.add_argument("--num_responses", type=natural, default=1, help="y_init per problem")
     parser.add_argument("--num_revisions", type=number(int, 0), help="y_revised per y_init (default 3; with --eval 0)")
     parser.add_argument("--revise_correct", type=int, choices=(0, 1), default=1, help="revise right y_init too")
     parser.add_argument("--target", type=number(int, 0), help="stop when so many tuples are kept (default 6000); 0: no limit")
     # sampling
     parser.add_argument("--temperature", type=number(float, 0), default=1.0)
     parser.add_argument("--top_p", type=share, default=0.9)
-    parser.add_argument("--max_tokens", type=count, default=16384, help="per response")
+    parser.add_argument("--max_tokens", type=natural, default=16384, help="per response")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--phrases", choices=sorted(verify.PHRASES), help="P_r family; default: what the model records")
     # engine
@@ -349,10 +349,10 @@ def parse_args():
 def main():
     args = parse_args()
     ranks = verify.launch()
-    judge = verify.Judge(limit=args.judge_seconds)
-    problems, dropped = verify.load_problems(args.data, judge, args.mode, args.range_, args.max_problems)
     tokenizer = verify.load_tokenizer(args.model)
     family = verify.phrase_family(args.model, args.phrases)
+    judge = verify.Judge(limit=args.judge_seconds)
+    problems, dropped = verify.load_problems(args.data, judge, args.mode, args.range_, args.max_problems)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     longest = check_lengths(args.model, prompts, args.max_tokens)

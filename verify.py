@@ -100,7 +100,8 @@ def open_out(args, ranks, free):
         os.makedirs(args.out, exist_ok=True)
         path = os.path.join(args.out, "flags.json")
         flags = {name.rstrip("_"): value for name, value in vars(args).items() if name not in ("out", "fresh")}
-        before = {**flags, **json.load(open(path))} if os.path.exists(path) else flags
+        begun = os.path.exists(path) and os.listdir(args.out) != ["flags.json"]
+        before = {**flags, **json.load(open(path))} if begun else flags
         changed = [name for name in flags if before[name] != flags[name]]
         text = ", ".join(f"--{name} {before[name]} -> {flags[name]}" for name in changed)
         if set(changed) - set(free.split()):
@@ -130,7 +131,7 @@ def number(kind, low, high=sys.maxsize, above=False):
     return parse
 
 
-count, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1, above=True)
+natural, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1, above=True)
 
 
 # ------------------------------------------------------------------------------------------------------- problems
@@ -324,13 +325,14 @@ def load_tokenizer(model):
     The tokenizer of a model folder, with one attribute more: `end_ids`, the ids that end a turn (what its generation
     config and itself call eos), the one that its chat template puts after an assistant message first.
     """
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
     if not os.path.isfile(os.path.join(model, "config.json")) and (os.path.exists(model) or model.count("/") != 1):
         fail(f"model {model}: no config.json there; a folder with a Hugging Face model is wanted")
     try:
+        AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, TypeError, KeyError) as e:  # as the file is missing, not JSON, or of another kind
-        fail(f"model {model}: its tokenizer does not load: {(str(e).splitlines() or [''])[0]}")
+        fail(f"model {model}: its config or tokenizer does not load: {(str(e).splitlines() or [''])[0]}")
     if not tokenizer.chat_template:
         fail(f"model {model}: its tokenizer has no chat template; use an instruct model or add chat_template.jinja")
     try:
