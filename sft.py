@@ -165,7 +165,7 @@ def packed_forward(model, batch, select, loss):
     hidden = torch.nn.Module.__call__(
         model.get_decoder(), input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False,
         cu_seq_lens_q=batch.starts, cu_seq_lens_k=batch.starts, max_length_q=batch.longest, max_length_k=batch.longest,
-        segments=batch.segments).last_hidden_state[0]
+        segments=None if batch.ids.is_cuda else batch.segments).last_hidden_state[0]
     return loss(hidden[select], model.get_output_embeddings().weight)
 
 
