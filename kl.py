@@ -110,7 +110,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, token_weight, chunk, tile):
         N, V = hidden.shape[0], weight.shape[0]
-        chunk = chunk or max(1, 2**27 // V)
+        chunk = chunk or max(1, 2**27 // V // 256 * 256, min(256, 2**27 // V))  # of 256s: matrix products like that
         needs_grad = hidden.requires_grad or weight.requires_grad
         d_hidden = torch.zeros_like(hidden) if needs_grad else None  # [N, H]
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
