@@ -13,6 +13,7 @@ there is one prompt, P_r meets tokens in one place, and ids are never decoded an
     python verify.py --data gsm8k_test.jsonl --responses O/responses.jsonl    # judge again: what changed
 """
 import argparse
+import functools
 import json
 import os
 import re
@@ -24,6 +25,8 @@ import threading
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import zip_longest
 from typing import NamedTuple
 
 # ---------------------------------------------------------------------------------------------------------- ranks
@@ -72,6 +75,7 @@ class Problem:
     problem: str
     answer: str  # the gold answer alone, without the solution around it
     mode: str = "math"
+    kind: str = ""  # of the gold answer or the tests, for the report of what was loaded
 
     @staticmethod
     def of_row(row):
@@ -115,14 +119,16 @@ def need(row, path, line, **fields):
 
 
 def last_boxed(text):
-    """The inside of the last complete \\boxed{...} or \\fbox{...} (braces balanced), or None."""
-    for start in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))):
-        depth = 1
-        for brace in re.finditer(r"\\.|[{}]", text[start.end():], re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-            if depth == 0:
-                return text[start.end(): start.end() + brace.start()].strip()
-    return None
+    """The inside of the last complete \\boxed{...} or \\fbox{...} (braces balanced), or None; one pass, however long."""
+    opened, last = [], None  # opened: where the inside of each open brace starts, and whether it is that of a box
+    for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text, re.DOTALL):
+        if token[0] == "}":
+            start, is_box = opened.pop() if opened else (0, False)
+            if is_box and (last is None or start > last[0]):
+                last = start, token.start()
+        elif token[0][-1] == "{" and token[0] != r"\{":
+            opened.append((token.end(), len(token[0]) > 1))
+    return text[last[0]: last[1]].strip() if last else None
 
 
 def gold_answer(row):
@@ -288,6 +294,497 @@ def revision_ids(tokenizer, x_ids, y_ids, correct, family):
     return x_ids + without_end(tokenizer, y_ids) + control_ids(tokenizer, correct, family)
 
 
+# -------------------------------------------------------------------------------------------------- math answers
+# An answer is tidied, read as a tree of small parts (lists, tuples, intervals, sets, matrices, relations, text, values),
+# and compared part by part. Plain numbers are exact fractions. Only what is left, one expression against another, goes
+# through math-verify's LaTeX parser; two expressions are equal if they agree to 40 digits, at several points where
+# there are variables. math-verify's own comparison is not used: it rounds to six decimals (1e-9 = 2e-9), takes any
+# equation for any value, and reads unknown words as products of letters, so that anagrams are equal.
+
+
+class Part(NamedTuple):
+    kind: str  # choice, text, value, list, tuple, set, union, matrix, relation
+    parts: tuple  # of Part; for choice and text (str,); for value (LaTeX without unit,)
+    mark: str = ""  # the unit of a value, the brackets of a tuple, the operators of a relation
+
+    def __str__(self):
+        if self.kind == "value":
+            return "number" if number(self.parts[0]) else "expression"
+        return "interval" if self.kind == "union" or "[" in self.mark or "]" in self.mark else self.kind
+
+
+UNICODE = dict(zip("−–×·÷π∞≤≥≠∪∩∈±°²³½¼¾，（）：θ√≈", (
+    r"-|-|\times |\cdot |/|\pi |\infty |\le |\ge |\ne |\cup |\cap |\in |\pm |^\circ |^2|^3|\frac{1}{2}|\frac{1}{4}|"
+    r"\frac{3}{4}|,|(|)|:|\theta |\sqrt |\approx ").split("|")))
+SPELLINGS = [(re.compile(a), b) for a, b in (
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|boldsymbol|bm)(?![A-Za-z])", ""),
+    (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!|\\ |~)(?=\d{3}(?!\d))", ""),  # 10{,}000
+    (r"(?<!\\)\\(?:[,;:! ]|quad(?![a-z])|qquad(?![a-z]))|[~\s]+|\\\\(?=\s*$)", " "),
+    (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\\(?:lbrace|rbrace)(?![a-z])", lambda m: r"\{" if m[0][1] == "l" else r"\}"),
+    (r"\\(?:leq|leqslant)(?![a-z])", r"\\le"), (r"\\(?:geq|geqslant)(?![a-z])", r"\\ge"), (r"\\neq(?![a-z])", r"\\ne"),
+    (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
+    (r"\\(?:approx|simeq)(?![a-z])", r"="), (r"\\(?:varnothing|emptyset)(?![a-z])", r"\\{\\}"),
+    (r"\\(?:lor|vee|text\{or\})(?![a-z])", "⟦or⟧"), (r"\\(?:land|wedge)(?![a-z])", "⟦and⟧"),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"), (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(?<![\\A-Za-z])(?:infinity|infty|oo)(?![A-Za-z])", r"\\infty "), (r"\+\s*\\infty", r"\\infty "),
+    (r"\*\*", "^"), (r"\*", r"\\cdot "),
+    (r"\\\$|(?<!\\)\$(?=\s*[-\d.])|US\$", "⟦dollar⟧"), ("€|\\\\euro(?![a-z])", "⟦euro⟧"), ("£|\\\\pounds(?![a-z])", "⟦pound⟧"),
+    (r"\\?%|\\percent(?![a-z])", "⟦percent⟧"), (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![a-z])", "⟦degree⟧"),
+    (r"(?<=\d)_\s*\{?\s*(\d+)\s*\}?", r"⟦base \1⟧"),
+)]
+TEXT = re.compile(r"\\(text\w*|math\w+|mbox|hbox|operatorname)\*?\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+WORD = re.compile(r"(?<![\\A-Za-z⟦])(?<!\\begin\{)(?<!\\end\{)[A-Za-z]{2,}(?![^⟦]*⟧)")
+FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp max min gcd lcm det".split())
+LETTER_PRODUCT = re.compile(r"(?=..)(?:a?b?c?d?|k?l?m?n?|p?q?r?s?t?|u?v?w?x?y?z?|[ab]i|d[xy]|[abc][xyz])")
+UNITS = {name: names.split()[0] for names in (
+    "cm centimeter centimetre|mm millimeter millimetre|m meter metre|km kilometer kilometre|g gram|kg kilogram|mg milligram|"
+    "s sec second|min minute|h hr hour|day|ft foot feet|in inch inches|mi mile|yd yard|l liter litre|ml milliliter millilitre|"
+    "dollar usd buck|euro eur|pound gbp lb|cent|degree deg|percent pct percentage|rad radian|unit|mph"
+    ).split("|") for name in names.split()}
+RELATION = r"=|<|>|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|\\in(?![a-z])|:"
+# what may stand on the left of `x = 3`: a letter, f(x), x_1, |AB|, \angle ABC, words, a tuple of letters
+NAME = re.compile(
+    r"\|?(?:\\(?:angle|overline|vec|triangle|measuredangle)\s*)*\{?\s*(?:[A-Za-z]|⟦[^⟧]*⟧|\\(?:alpha|beta|gamma|delta|epsilon|"
+    r"theta|lambda|mu|rho|sigma|tau|phi|varphi|omega|Delta|Omega))\s*\}?(?:_\{?\w+\}?|')*(?:\^\{-1\})?(?:\([^()]{1,12}\))?\|?"
+    r"|\(\s*[A-Za-z](?:_\{?\w\}?)?(?:\s*,\s*[A-Za-z](?:_\{?\w\}?)?)+\s*\)")
+
+
+def tidy(answer):
+    """One spelling of an answer's LaTeX; words, units, currency and percent stand in ⟦⟧."""
+    for a, b in UNICODE.items():
+        answer = answer.replace(a, b)
+    answer = re.sub(r"\\[\(\)\[\]]", "", answer)  # \( \) \[ \]
+    if answer.replace(r"\$", "").count("$") >= 2:
+        answer = re.sub(r"(?<!\\)\$", "", answer)
+    for pattern, new in SPELLINGS:
+        answer = pattern.sub(new, answer)
+    while TEXT.search(answer):
+        answer = TEXT.sub(lambda m: words(m[2], m[1]), answer)
+    answer = re.sub(r"_\s*\{?\s*⟦(\w+)⟧\s*\}?", r"_{\1}", answer)  # x_{\text{max}}
+    answer = WORD.sub(bare_word, answer)
+    answer = re.sub(r"⟧[ -]*(?<!-)⟦(?=(?!base|degree|percent|and⟧|or⟧)[a-z'A-Z])(?<!and⟧⟦)(?<!or⟧⟦)", " ", answer)
+    return re.sub(r"\s+", " ", answer).strip().rstrip(".").strip()
+
+
+def words(text, command):
+    """What stands in \\text{} and the like: words are marked as such, mathematics in it is not."""
+    text = text.replace("⟦", "").replace("⟧", "")
+    if command.startswith("math") and re.fullmatch(r"\s*[A-Za-z]\s*", text) and command != "mathrm":
+        return text  # \mathbf{v}
+    if re.search(r"[A-Za-z]", text):
+        return re.sub(r"[A-Za-z][A-Za-z']*(?:[ -]+[A-Za-z][A-Za-z']*)*", lambda m: split_and_or(m[0]), text)
+    return text
+
+
+def split_and_or(text):
+    return "".join(f"⟦{w.strip()}⟧" for w in re.split(r"\b(and|or)\b", text) if w.strip())
+
+
+def bare_word(match):
+    """A run of letters outside \\text{}: a function, a product of variables (xy, mgh in a formula), or a word."""
+    word, before, after = match[0], match.string[:match.start()][-1:], match.string[match.end():][:1]
+    if word in FUNCTIONS or word in ("pi", "theta"):
+        return f"\\{word} "
+    in_formula = len(word) < 5 and word not in UNITS and (before in tuple("^_{}/+") or after in tuple("^_}/+("))
+    return word if in_formula or LETTER_PRODUCT.fullmatch("".join(sorted(word))) else f"⟦{word}⟧"
+
+
+def split(text, pattern):
+    """(pieces, separators) of text at the matches of pattern that stand outside all brackets."""
+    pieces, found, depth, at = [], [], 0, 0
+    for m in re.finditer(r"\\begin(?=\{)|\\end(?=\{)|\\[{}]|\\langle|\\rangle|[()\[\]{}]|" + pattern, text):
+        token = m[0]
+        if token in (r"\begin", r"\{", r"\langle", "(", "[", "{"):
+            depth += 1
+        elif token in (r"\end", r"\}", r"\rangle", ")", "]", "}"):
+            depth -= 1
+        elif depth == 0:
+            pieces.append(text[at: m.start()].strip())
+            found.append(token)
+            at = m.end()
+    return [*pieces, text[at:].strip()], found
+
+
+def read(text):
+    """The Part tree of a tidied answer. Raises ValueError where there is none."""
+    text = text.strip().rstrip(".;,").strip()
+    while text.startswith("{") and text.endswith("}") and len(split(text[1:-1] + ",", ",")[0]) > 1 and balanced(text[1:-1]):
+        text = text[1:-1].strip()
+    plain = text.replace("⟦", "").replace("⟧", "").strip()
+    if not plain:
+        raise ValueError("empty")
+    if m := re.fullmatch(r"\(?\s*([A-J])\s*[).:]?", plain):
+        return Part("choice", (m[1],))
+    text = re.sub(r"\](.+,.+)\[", r"(\1)", text) if re.fullmatch(r"\][^\[\]]+\[", text) else text
+    text = re.sub(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda m: m[0].replace(",", ""), text) \
+        if text[0] not in "([" and not text.startswith((r"\{", r"\langle")) else text
+    pieces = [p for p in split(text, r"[,;]|⟦and⟧|⟦or⟧")[0] if p]
+    if len(pieces) > 1:
+        return Part("list", tuple(map(read, pieces)))
+    if m := re.fullmatch(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", text, re.DOTALL):
+        rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", m[2]) if row.strip()]
+        cells = [Part("list", tuple(map(read, row.split("&")))) for row in rows]
+        return Part("matrix", tuple(cells), m[1] if m[1] in ("vmatrix", "Vmatrix") else "")
+    sides, operators = split(text, RELATION)
+    if len(sides) > 1:
+        if operators == [r"\in"] and NAME.fullmatch(sides[0]):
+            return read(sides[1])
+        return Part("relation", tuple(sides), " ".join(operators))
+    members = split(text, r"\\cup(?![a-z])")[0]
+    if len(members) > 1:
+        return Part("union", tuple(map(read, members)))
+    m = re.fullmatch(r"(\(|\[|\\langle|\\\{)(.*)(\)|\]|\\rangle|\\\})", text, re.DOTALL)
+    if m and balanced(m[2]):
+        if m[1] == r"\{":
+            return Part("set", tuple(read(p) for p in split(m[2], r"[,;]")[0] if p))
+        inside = [p for p in split(m[2], r"[,;]")[0] if p]
+        if len(inside) > 1:
+            return Part("tuple", tuple(map(read, inside)), (m[1] + m[3]).replace(r"\langle", "(").replace(r"\rangle", ")"))
+        if m[1] + m[3] in ("()", "[]"):
+            return read(m[2])
+    if r"\pm" in text:
+        return Part("list", (read(text.replace(r"\pm", "+")), read(text.replace(r"\pm", "-"))))
+    return read_value(text)
+
+
+def balanced(text):
+    depth = 0
+    for token in re.finditer(r"\\[{}]|[()\[\]{}]", text):
+        depth += 1 if token[0][-1] in "([{" else -1
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def read_value(text):
+    """A value with its unit in front or behind, or text."""
+    if "⟦" not in text:
+        return Part("value", (text,))
+    if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
+        text = re.sub(r"(\d+(?:\.\d+)?)\s*⟦degree⟧", r"(\1\\pi/180)", text)
+    m = re.fullmatch(r"(-?)\s*((?:⟦(?:dollar|euro|pound)⟧)?)([^⟦⟧]*?)((?:[\s/]*\{?⟦[^⟧]*⟧\}?(?:\s*\^\s*\{?-?\d\}?)?|\s*\\cdot)*)", text)
+    if m and re.search(r"\d|\\pi|\\sqrt|^\s*[a-zA-Z]\s*$", m[3]):
+        return Part("value", ((m[1] + m[3]).strip(),), unit(m[2] + m[4]))
+    if re.search(r"[\\^=]", text):
+        raise ValueError(f"neither mathematics nor text: {text[:40]}")
+    if not m or m[3].strip():
+        plain = re.sub(r"\s+", " ", text.replace("⟦", " ").replace("⟧", " ")).strip()
+    else:
+        plain = m[4].replace("⟦", " ").replace("⟧", " ")
+    plain = re.sub(r"[^\w+-]+", " ", plain).strip().lower()
+    return Part("text", (re.sub(r"^(?:the|a|an) ", "", plain),))
+
+
+def unit(text):
+    """Words of a unit in one spelling: 'square centimeters' -> 'cm^2'."""
+    text = re.sub(r"[⟦⟧{}]|\\cdot|\bof\b|\bthe\b|\bper\b", " ", text).lower().replace("/", " ")
+    text = re.sub(r"\b(?:square|sq) (\w+)", r"\1^2", re.sub(r"\bcubic (\w+)", r"\1^3", text))
+    text = re.sub(r"\s*\^\s*", "^", text)
+    parts = [re.match(r"(\w*)(.*)", w).groups() for w in text.split()]
+    return " ".join(sorted(UNITS.get(w, UNITS.get(w[:-1], w[:-1]) if w.endswith("s") and len(w) > 1 else w) + power
+                           for w, power in parts) )
+
+
+def number(text):
+    """
+    (value, digits) of a plain number: integer, decimal (also repeating), fraction, mixed number, or power of ten. value
+    is an exact Fraction; digits is how many significant digits a decimal has, 0 for what is exact. None otherwise.
+    """
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip())
+    text = re.sub(r"[{]([-+]?[\d.]+)[}]", r"{\1}", text)
+    sign, text = re.fullmatch(r"([-+]?)\s*(.*)", text, re.DOTALL).groups()
+    sign = -1 if sign == "-" else 1
+    decimal = r"\d+(?:\.\d*)?|\.\d+"
+    if re.fullmatch(decimal, text):
+        return sign * Fraction(text.rstrip(".")), len(text.replace(".", "").lstrip("0")) if "." in text else 0
+    if m := re.fullmatch(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", text):
+        whole, head, tail = m.groups()
+        return sign * (Fraction(int((whole + head + tail) or 0) - int((whole + head) or 0),
+                                (10 ** len(tail) - 1) * 10 ** len(head))), 0
+    if m := (re.fullmatch(rf"(\d*)\s*\\frac\s*\{{\s*([-+]?)\s*({decimal})\s*\}}\s*\{{\s*([-+]?)\s*({decimal})\s*\}}", text)
+             or re.fullmatch(rf"(?:(\d+)\s+)?([-+]?)({decimal})\s*/\s*([-+]?)({decimal})", text)):
+        if not Fraction(m[5]) or (m[1] and (m[2] or m[4])):
+            return None
+        minus = -1 if (m[2] == "-") != (m[4] == "-") else 1
+        return sign * (int(m[1] or 0) + minus * Fraction(m[3]) / Fraction(m[5])), 0
+    m = re.fullmatch(rf"(?:({decimal})\s*(?:\\times|\\cdot|x)\s*)?10\s*\^\s*(?:\{{\s*([-+]?\s*\d+)\s*\}}|([-+]?\d))", text) \
+        or re.fullmatch(rf"({decimal})\s*[eE]\s*([-+]?\d+)()", text)
+    if m and len(m[2] or "") < 5:
+        digits = len(m[1].replace(".", "").lstrip("0")) if m[1] and "." in m[1] else 0
+        return sign * Fraction(m[1] or 1) * Fraction(10) ** int((m[2] or m[3]).replace(" ", "")), digits
+    return None
+
+
+def terminates(value):
+    """Whether a fraction has finitely many decimals."""
+    rest = value.denominator
+    for p in (2, 5):
+        while rest % p == 0:
+            rest //= p
+    return rest == 1
+
+
+@functools.lru_cache(4096)
+def expression(text):
+    """A sympy expression of one LaTeX value, decimals as fractions. Raises ValueError where it has none."""
+    import sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
+    value = number(text)
+    if value:
+        return sympy.Rational(value[0].numerator, value[0].denominator)
+    if re.search(r"[⟦⟧&;\"?@#]|\.\.|[^\x00-\x7f]", text):
+        raise ValueError(f"no expression: {text[:40]}")
+    text = re.sub(r"([A-Za-z])(?:\^\s*\{?\\prime\}?|')", r"\1_{prime}", text)
+    text = re.sub(r"(?<![\w\\.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)", r"\1 \\times 10^{\2}", text)
+    try:
+        parsed = latex2sympy(text, is_real=None, conversion_config=ConversionConfig(lowercase_symbols=False),
+                             normalization_config=NormalizationConfig(
+                                 basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none",
+                                 equations=False))
+        if not isinstance(parsed, sympy.Expr) or parsed.has(sympy.zoo, sympy.nan):
+            raise ValueError(f"no expression: {text[:40]}")
+        return parsed.xreplace({f: sympy.Rational(str(f)) for f in parsed.atoms(sympy.Float)})
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as e:  # its grammar raises bare Exceptions
+        raise ValueError(f"no expression: {text[:40]}") from e
+
+
+POINTS = 5
+
+
+def values(expr):
+    """An expression's complex values to 50 digits at POINTS points (one, if it has no variables); None where undefined."""
+    import random
+    import sympy
+    names = {str(s): s for s in expr.free_symbols}
+    expr = expr.xreplace({names.pop("i"): sympy.I}) if "i" in names else expr
+    found = []
+    for trial in range(POINTS if names else 1):
+        at = {}
+        for name, symbol in names.items():  # the same name has the same value in every expression
+            rng = random.Random(f"{name} {trial}")
+            at[symbol] = sympy.Rational(rng.randint(11, 97), rng.choice((7, 13, 19, 23))) * (-1 if trial % 3 == 2 else 1)
+        value = expr.subs(at).evalf(50)
+        found.append(value if value.is_number and value.is_finite else None)
+    return found
+
+
+def agree(a, b):
+    """Whether two numbers of 50 digits are the same number."""
+    size = max(abs(a), abs(b))
+    return bool(size < 1e-40 or abs(a - b) <= 1e-40 * size)
+
+
+def same_value(gold, answer):
+    """Whether two LaTeX values are equal; a decimal of six digits or more may stand for a value that has no end."""
+    if gold == answer:
+        return True
+    g, a = number(gold), number(answer)
+    if g and a:
+        if g[0] == a[0]:
+            return True
+        for decimal, exact in ((g, a), (a, g)):
+            if decimal[1] >= 6 and not terminates(exact[0]) and exact[0]:
+                return abs(decimal[0] / exact[0] - 1) < Fraction(10) ** (1 - decimal[1])
+        return False
+    if r"\infty" in gold + answer:
+        return gold.replace(" ", "") == answer.replace(" ", "")
+    e, f = expression(gold), expression(answer)
+    pairs = [(x, y) for x, y in zip_longest(values(e), values(f)) if x is not None and y is not None]
+    if not pairs:
+        return False
+    if e.free_symbols or f.free_symbols:
+        if not e.free_symbols or not f.free_symbols:
+            return False
+        return len(pairs) > 1 and all(agree(x, y) for x, y in pairs)
+    (x, y), = pairs
+    digits = (a or g or (0, 0))[1]
+    return agree(x, y) or (digits >= 6 and abs(x - y) <= abs(x) * 10.0 ** (1 - digits))
+
+
+def same_equation(gold, answer):
+    """Whether two equations say the same: left minus right of one is a constant times that of the other."""
+    (a, b), (c, d) = gold, answer
+    e, f = expression(a) - expression(b), expression(c) - expression(d)
+    if not e.free_symbols or {str(s) for s in e.free_symbols} != {str(s) for s in f.free_symbols}:
+        return False
+    pairs = [(x, y) for x, y in zip(values(e), values(f)) if x is not None and y is not None and x and y]
+    return len(pairs) > 1 and all(agree(x * pairs[0][1], y * pairs[0][0]) for x, y in pairs[1:])
+
+
+def interval(relation):
+    """(name, Part) of `x > 3` or `1 < x \\le 2` as an interval, or (None, None)."""
+    sides, operators = list(relation.parts), relation.mark.split()
+    if set(operators) <= {">", r"\ge"}:
+        sides, operators = sides[::-1], [{">": "<", r"\ge": r"\le"}[op] for op in operators[::-1]]
+    if not set(operators) <= {"<", r"\le"} or len(sides) > 3:
+        return None, None
+    low, high = read(r"-\infty"), read(r"\infty")
+    left, right = "(", ")"
+    if len(sides) == 3 and NAME.fullmatch(sides[1]):
+        low, name, high = read(sides[0]), sides[1], read(sides[2])
+        left, right = "[" if operators[0] == r"\le" else "(", "]" if operators[1] == r"\le" else ")"
+    elif len(sides) == 2 and NAME.fullmatch(sides[0]):
+        name, high, right = sides[0], read(sides[1]), "]" if operators[0] == r"\le" else ")"
+    elif len(sides) == 2 and NAME.fullmatch(sides[1]):
+        low, name, left = read(sides[0]), sides[1], "[" if operators[0] == r"\le" else "("
+    else:
+        return None, None
+    return name.replace(" ", ""), Part("tuple", (low, high), left + right)
+
+
+def as_set(part):
+    """A relation, or a list of relations, of one variable as an interval or a union; else the part itself."""
+    if part.kind == "relation" and not set(part.mark.split()) & {"=", ":"}:
+        return interval(part)[1] or part
+    if part.kind == "list" and all(p.kind == "relation" and interval(p)[1] for p in part.parts):
+        return Part("union", tuple(interval(p)[1] for p in part.parts))
+    return part
+
+
+def assignment(part):
+    """(name, [value, ...]) of `x = 3` or `x = 1 + 2 = 3`; (None, sides) of another chain of equalities; else (None, [])."""
+    if part.kind != "relation" or set(part.mark.split()) != {"="}:
+        return None, []
+    if NAME.fullmatch(part.parts[0]) and part.parts[0] not in ("e", "i"):
+        return part.parts[0].replace(" ", ""), list(map(read, part.parts[1:]))
+    return None, list(map(read, part.parts))
+
+
+def pair_up(gold, answer):
+    """Whether each gold part has an answer part of its own, in any order, and none is left."""
+    left = list(answer)
+    for g in gold:
+        match = next((i for i, a in enumerate(left) if same(g, a)), None)
+        if match is None:
+            return False
+        del left[match]
+    return not left
+
+
+def same(gold, answer):
+    """Whether an answer's Part tree is a right answer to the gold one."""
+    if gold == answer:
+        return True
+    if gold.kind == "relation" or answer.kind == "relation":
+        if answer.kind == "list" and gold.kind in ("list", "tuple"):
+            pass
+        return same_relation(gold, answer)
+    kinds = {gold.kind, answer.kind}
+    if kinds == {"list", "union"} or (kinds & {"union", "tuple"} and answer.kind == "list"):
+        gold, answer = as_set(gold), as_set(answer)
+        kinds = {gold.kind, answer.kind}
+    named = [[assignment(p) for p in part.parts] if part.kind == "list" else [(None, [])] for part in (gold, answer)]
+    names = [[name for name, _ in pairs] for pairs in named]
+    for mine, theirs, flip in ((0, answer, False), (1, gold, True)):  # x = 2, y = 3 against 2, 3 or (2, 3): order counts
+        if None not in names[mine] and len(set(names[mine])) == len(names[mine]) > 1 and theirs.kind in ("list", "tuple") \
+                and (theirs.kind == "tuple" and theirs.mark == "()" or names[1 - mine] == [None] * len(names[mine])):
+            inner = [pairs[1][-1] for pairs in named[mine]]
+            return len(inner) == len(theirs.parts) and all(
+                same(b, a) if flip else same(a, b) for a, b in zip(inner, theirs.parts))
+    if kinds <= {"list", "set"}:
+        if "set" not in kinds:
+            return len(gold.parts) == len(answer.parts) and pair_up(gold.parts, answer.parts)
+        return (all(any(same(g, a) for a in answer.parts) for g in gold.parts)
+                and all(any(same(g, a) for g in gold.parts) for a in answer.parts))
+    if gold.kind == "choice":  # the letter alone, in either case
+        return answer.parts == (gold.parts[0].lower(),)
+    if len(kinds) > 1:
+        return False
+    if gold.kind == "value":
+        return same_quantity(gold, answer)
+    if gold.kind == "text":
+        return gold.parts == answer.parts
+    if gold.kind == "union":
+        return pair_up(gold.parts, answer.parts)
+    return (gold.mark == answer.mark and len(gold.parts) == len(answer.parts)
+            and all(same_cell(g, a) for g, a in zip(gold.parts, answer.parts)))
+
+
+def same_cell(gold, answer):
+    """As `same`, but the cells of a matrix's row stand in order."""
+    if gold.kind == answer.kind == "list":
+        return len(gold.parts) == len(answer.parts) and all(map(same, gold.parts, answer.parts))
+    return same(gold, answer)
+
+
+def same_relation(gold, answer):
+    """`same` where at least one side is an equation, an inequality or a ratio."""
+    (name, gold_values), (other, answer_values) = assignment(gold), assignment(answer)
+    if gold.kind != "relation":
+        if other and len(gold.parts) and gold.kind != "relation":  # 3 <- x = 3
+            return all(same(gold, value) for value in answer_values)
+        if answer_values:  # 3 <- 1 + 2 = 3
+            return all(same(gold, value) for value in answer_values)
+        converted = as_set(answer)
+        return converted.kind != "relation" and same(gold, converted)
+    if answer.kind != "relation":
+        if name:  # x = 3 <- 3
+            return same(gold_values[-1], answer)
+        converted = as_set(gold)
+        return converted.kind != "relation" and same(converted, answer)
+    if name and other and (name == other or not (len(gold.parts) == len(answer.parts) == 2)):
+        return name == other and all(same(gold_values[-1], value) for value in answer_values)
+    if gold.mark == answer.mark == "=":
+        if name and other and {name, other} <= set(map(str.strip, answer.parts)) | {name, other} and all(
+                v.kind == "value" and number(v.parts[0]) for v in (gold_values[-1], answer_values[-1])):
+            return False  # x = 3 and y = 3
+        return same_equation(gold.parts, answer.parts)
+    (variable, g), (other, a) = interval(gold), interval(answer)
+    if g and a:
+        return variable == other and same(g, a)
+    flip = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
+    for parts, mark in ((answer.parts, answer.mark),
+                        (answer.parts[::-1], " ".join(flip.get(op, op) for op in answer.mark.split()[::-1]))):
+        if mark == gold.mark and len(parts) == len(gold.parts) and all(same(read(g), read(a)) for g, a in zip(gold.parts, parts)):
+            return ":" not in mark or parts == answer.parts
+    return False
+
+
+def same_quantity(gold, answer):
+    """
+    `same` for two values with units. A unit may be left out; given on both sides it must be the same one (no
+    conversion). 50 % is 50 or 0.5; a gold without percent takes p % as p/100, and as p where gold is over 1.
+    """
+    (g,), (a,), g_unit, a_unit = gold.parts, answer.parts, gold.mark.split(), answer.mark.split()
+    if "percent" in g_unit and "percent" not in a_unit:
+        return not a_unit and (same_value(g, a) or same_value(f"\\frac{{{g}}}{{100}}", a))
+    if "percent" in a_unit and "percent" not in g_unit:
+        plain = number(g)
+        return (plain is not None and plain[0] > 1 and same_value(g, a)) or same_value(g, f"\\frac{{{a}}}{{100}}")
+    if g_unit and a_unit and not (set(g_unit) <= set(a_unit) or set(a_unit) <= set(g_unit)):
+        return False
+    return same_value(g, a)
+
+
+def gold_kind(gold):
+    """The kind of a gold answer, for the report; raises ValueError where it cannot be judged against."""
+    def check(part):
+        if part.kind == "value" and r"\infty" not in part.parts[0]:
+            expression(part.parts[0])
+        elif part.kind == "text" and (len(part.parts[0]) > 80 or part.parts[0] in ("", "nan", "inf", "null", "undefined")):
+            raise ValueError("no answer")
+        for p in part.parts:
+            if isinstance(p, Part):
+                check(p)
+            elif part.kind == "relation" and not NAME.fullmatch(p):
+                check(read(p))
+    part = read(tidy(gold))
+    check(part)
+    return str(part)
+
+
+def right_answer(gold, answer):
+    """Whether the inside of a \\boxed{} is a right answer to a gold one; what cannot be read is not."""
+    try:
+        gold, answer = tidy(gold), tidy(answer)
+        return gold == answer or same(read(gold), read(answer))
+    except (ValueError, RecursionError, OverflowError, ZeroDivisionError):
+        return False
+
+
 # ------------------------------------------------------------------------------------------------------- verdicts
 
 
@@ -296,36 +793,26 @@ class Verdict(NamedTuple):
     reason: str  # right, wrong, no answer, timeout, crash
 
 
-def boxed_for_parser(answer):
-    """An answer as math-verify reads it best: in one \\boxed{}, no dollars, 4.5e33 as a power of ten."""
-    answer = re.sub(r"(?<!\\)\$", "", answer)
-    answer = re.sub(r"(?<![\w\\.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)", r"\1 \\times 10^{\2}", answer)
-    return f"\\boxed{{{answer}}}"
-
-
 def worker():
-    """The judge's worker process: one JSON line in ([gold, answer or null]), one line out (1 or 0), until stdin ends."""
-    import logging
+    """The judge's worker process: one JSON line in ([gold, answer or null]), one line out, until stdin ends."""
     import resource
     limit, memory = float(sys.argv[2]), float(sys.argv[3])
     resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2**30),) * 2)
-    logging.disable(logging.WARNING)  # math-verify warns that its own time-outs are off; ours are outside
-    import math_verify
-    configs = (math_verify.LatexExtractionConfig(boxed_match_priority=0), math_verify.ExprExtractionConfig())
-
-    def parse(answer):
-        return math_verify.parse(boxed_for_parser(answer), configs, parsing_timeout=None)
-
+    sys.set_int_max_str_digits(20_000)
+    expression("x")  # imports the parser
     print("ready", flush=True)
     for line in sys.stdin:
         gold, answer = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, limit + 1)  # SIGALRM's default ends the process, should the parent be gone
         if answer is None:
-            ok = bool(parse(gold))
+            try:
+                reply = gold_kind(gold)
+            except (ValueError, RecursionError, OverflowError, ZeroDivisionError):
+                reply = "0"
         else:
-            ok = math_verify.verify(parse(gold), parse(answer), timeout_seconds=None)
+            reply = int(right_answer(gold, answer))
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(int(ok), flush=True)
+        print(reply, flush=True)
 
 
 class Judge:
@@ -400,7 +887,7 @@ class Judge:
         answer = last_boxed(response)
         if answer is None or len(answer) > 10_000:  # nobody's final answer is 10,000 characters long
             done = Future()
-            done.set_result(Verdict(False, "no answer"))
+            done.set_result(Verdict(False, "no answer" if answer is None else "wrong"))
             return done
         return self.pool.submit(self.verdict, problem.answer, answer)
 
@@ -413,9 +900,11 @@ class Judge:
         return [f.result() for f in [self.submit(p, r) for p, r in zip(problems, responses, strict=True)]]
 
     def parse_golds(self, problems):
-        """For each problem None, or the reason why its gold answer cannot be used."""
-        replies = self.pool.map(lambda p: self.ask(p.answer, None), problems)
-        return [None if r == "1" else f"gold cannot be parsed{'' if r == '0' else f' ({r})'}" for r in replies]
+        """Sets the kind of each problem's answer. For each None, or the reason why its gold answer cannot be used."""
+        bad = {"0": "gold cannot be parsed", **{why: f"gold cannot be parsed ({why})" for why in ("timeout", "crash")}}
+        for problem, reply in zip(problems, replies := list(self.pool.map(lambda p: self.ask(p.answer, None), problems))):
+            problem.kind = reply
+        return [bad.get(reply) for reply in replies]
 
     def close(self):
         self.pool.shutdown()
