@@ -313,9 +313,9 @@ class Part(NamedTuple):
         return "interval" if self.kind == "union" or "[" in self.mark or "]" in self.mark else self.kind
 
 
-UNICODE = dict(zip("−–×·÷π∞≤≥≠∪∩∈±°²³½¼¾，（）：θ√≈", (
+UNICODE = dict(zip("−–×·÷π∞≤≥≠∪∩∈±°²³½¼¾，（）：θ√≈∅", (
     r"-|-|\times |\cdot |/|\pi |\infty |\le |\ge |\ne |\cup |\cap |\in |\pm |^\circ |^2|^3|\frac{1}{2}|\frac{1}{4}|"
-    r"\frac{3}{4}|,|(|)|:|\theta |\sqrt |\approx ").split("|")))
+    r"\frac{3}{4}|,|(|)|:|\theta |\sqrt |\approx |\{\}").split("|")))
 SPELLINGS = [(re.compile(a), b) for a, b in (
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|boldsymbol|bm)(?![A-Za-z])", ""),
     (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!|\\ |~)(?=\d{3}(?!\d))", ""),  # 10{,}000
@@ -370,8 +370,8 @@ def tidy(answer):
 def words(text, command):
     """What stands in \\text{} and the like: words are marked as such, mathematics in it is not."""
     text = text.replace("⟦", "").replace("⟧", "")
-    if command.startswith("math") and re.fullmatch(r"\s*[A-Za-z]\s*", text) and command != "mathrm":
-        return text  # \mathbf{v}
+    if re.fullmatch(r"\s*[A-Za-z]\s*" if command not in ("mathrm", "text") else "[dei]", text):
+        return text  # \mathbf{v}, \mathrm{d}x
     if re.search(r"[A-Za-z]", text):
         return re.sub(r"[A-Za-z][A-Za-z']*(?:[ -]+[A-Za-z][A-Za-z']*)*", lambda m: split_and_or(m[0]), text)
     return text
@@ -384,6 +384,8 @@ def split_and_or(text):
 def bare_word(match):
     """A run of letters outside \\text{}: a function, a product of variables (xy, mgh in a formula), or a word."""
     word, before, after = match[0], match.string[:match.start()][-1:], match.string[match.end():][:1]
+    if word in FUNCTIONS and before in tuple("_{"):
+        return word  # x_{max}
     if word in FUNCTIONS or word in ("pi", "theta"):
         return f"\\{word} "
     in_formula = len(word) < 5 and word not in UNITS and (before in tuple("^_{}/+") or after in tuple("^_}/+("))
@@ -417,7 +419,7 @@ def read(text):
     if m := re.fullmatch(r"\(?\s*([A-J])\s*[).:]?", plain):
         return Part("choice", (m[1],))
     text = re.sub(r"\](.+,.+)\[", r"(\1)", text) if re.fullmatch(r"\][^\[\]]+\[", text) else text
-    text = re.sub(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda m: m[0].replace(",", ""), text) \
+    text = re.sub(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?!\d|,\d)", lambda m: m[0].replace(",", ""), text) \
         if text[0] not in "([" and not text.startswith((r"\{", r"\langle")) else text
     pieces = [p for p in split(text, r"[,;]|⟦and⟧|⟦or⟧")[0] if p]
     if len(pieces) > 1:
@@ -544,7 +546,8 @@ def expression(text):
                                  equations=False))
         if not isinstance(parsed, sympy.Expr) or parsed.has(sympy.zoo, sympy.nan):
             raise ValueError(f"no expression: {text[:40]}")
-        return parsed.xreplace({f: sympy.Rational(str(f)) for f in parsed.atoms(sympy.Float)})
+        parsed = parsed.xreplace({f: sympy.Rational(str(f)) for f in parsed.atoms(sympy.Float)})
+        return parsed.xreplace({s: sympy.I for s in parsed.free_symbols if str(s) == "i"})
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as e:  # its grammar raises bare Exceptions
@@ -559,7 +562,6 @@ def values(expr):
     import random
     import sympy
     names = {str(s): s for s in expr.free_symbols}
-    expr = expr.xreplace({names.pop("i"): sympy.I}) if "i" in names else expr
     found = []
     for trial in range(POINTS if names else 1):
         at = {}
@@ -601,7 +603,7 @@ def same_value(gold, answer):
         return len(pairs) > 1 and all(agree(x, y) for x, y in pairs)
     (x, y), = pairs
     digits = (a or g or (0, 0))[1]
-    return agree(x, y) or (digits >= 6 and abs(x - y) <= abs(x) * 10.0 ** (1 - digits))
+    return agree(x, y) or (digits >= 6 and bool(abs(x - y) <= abs(x) * 10.0 ** (1 - digits)))
 
 
 def same_equation(gold, answer):
@@ -781,7 +783,7 @@ def right_answer(gold, answer):
     try:
         gold, answer = tidy(gold), tidy(answer)
         return gold == answer or same(read(gold), read(answer))
-    except (ValueError, RecursionError, OverflowError, ZeroDivisionError):
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, NotImplementedError):  # all from sympy
         return False
 
 
@@ -807,7 +809,7 @@ def worker():
         if answer is None:
             try:
                 reply = gold_kind(gold)
-            except (ValueError, RecursionError, OverflowError, ZeroDivisionError):
+            except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, NotImplementedError):
                 reply = "0"
         else:
             reply = int(right_answer(gold, answer))
