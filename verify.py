@@ -4,7 +4,7 @@ What a problem is, how it is asked, and how an answer is judged. Every phase spe
   problems    load_problems(path or hub name)           -> [Problem], and why the others were dropped
   tokens      chat_ids(tokenizer, problem)              -> x:  the prompt, by the tokenizer's own chat template
               revision_ids(tokenizer, x, y, correct, f) -> x, y without its end of turn, "\\n\\n" + P_r + "\\n\\n"
-  verdicts    Judge()(problems, responses)              -> [Verdict], the binary reward, by math-verify in worker processes
+  verdicts    Judge()(problems, responses)              -> [Verdict], the binary reward, in worker processes
 
 Departures from the official code, which has three different prompts and joins text in one phase, ids in another: here
 there is one prompt, P_r meets tokens in one place, and ids are never decoded and encoded again.
@@ -13,15 +13,23 @@ there is one prompt, P_r meets tokens in one place, and ids are never decoded an
     python verify.py --data gsm8k_test.jsonl --responses O/responses.jsonl    # judge again: what changed
 """
 import argparse
+import ast
+import contextlib
 import functools
+import glob
 import json
+import math
 import os
 import re
 import select
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,7 +71,8 @@ def launch():
 
 INSTRUCTION = {
     "math": "Please reason step by step, and put your final answer within \\boxed{}.",
-    "code": "Please reason step by step, and put your final program in one fenced code block.",
+    "code": "Please reason step by step, and put your final program, in Python or C++, in one fenced code block that names its "
+            "language.",
 }
 PROBLEM_FIELDS = ("problem", "question", "prompt")
 ANSWER_FIELDS = ("answer", "final_answer", "solution", "output")
@@ -76,6 +85,7 @@ class Problem:
     answer: str  # the gold answer alone, without the solution around it
     mode: str = "math"
     kind: str = ""  # of the gold answer or the tests, for the report of what was loaded
+    tests: dict = None  # of a problem in code mode, see code_tests
 
     @staticmethod
     def of_row(row):
@@ -104,7 +114,10 @@ def read_jsonl(path, torn_ok=False):
             except UnicodeDecodeError as e:
                 fail(f"{path}:{number}: not UTF-8 ({e.reason} at byte {e.start}); convert the file to UTF-8")
             except json.JSONDecodeError as e:
-                fail(f"{path}:{number}: not JSON ({e.msg} at column {e.colno}); mend or remove this line")
+                torn = "" if line.endswith(b"\n") else ", the last line is torn, as a killed run leaves it"
+                fail(f"{path}:{number}: not JSON ({e.msg} at column {e.colno}{torn}); mend or remove this line")
+            except RecursionError:
+                fail(f"{path}:{number}: nested too deeply; remove this line")
             if not isinstance(row, dict):
                 fail(f"{path}:{number}: a JSON object is wanted, found {type(row).__name__}")
             yield number, row
@@ -137,7 +150,9 @@ def gold_answer(row):
         value = row.get(name)
         if isinstance(value, list):
             value = ", ".join(str(v) for v in value)
-        if value is None or isinstance(value, (bool, dict)) or not str(value).strip():
+        if isinstance(value, (bool, dict)):
+            return None, f"field '{name}' is {type(value).__name__}"
+        if value is None or not str(value).strip():
             continue
         text = str(value)
         if "####" in text:  # GSM8K
@@ -159,7 +174,10 @@ def load_rows(data):
             fail(f"--data {data} is not a .jsonl, .json or .parquet file")
         if data.endswith(".parquet"):
             import pyarrow.parquet
-            rows = pyarrow.parquet.read_table(data).to_pylist()
+            try:
+                rows = pyarrow.parquet.read_table(data).to_pylist()
+            except (pyarrow.ArrowException, OSError) as e:
+                fail(f"{data}: not a parquet file ({str(e).splitlines()[0]})")
         else:
             try:
                 with open(data, encoding="utf-8") as f:
@@ -191,28 +209,37 @@ def load_problems(data, judge, mode="math", range_=None, max_problems=None):
     rows as they stand in the file, so that phases given disjoint ranges see disjoint questions. max_problems: at most
     so many of the kept. Ends the program if nothing is left, on duplicate ids, and on rows without a problem.
     """
-    if mode == "code":
-        fail("--mode code: code verdicts are not part of this version; use --mode math")
+    if mode == "code" and judge.sandbox:
+        check_sandbox()
     rows = list(load_rows(data))
     start, stop = parse_range(range_, len(rows))
     problems, dropped, seen = [], Counter(), {}
     stem = os.path.basename(data).split(".")[0]
     for i, (where, row) in list(enumerate(rows))[start:stop]:
-        text = next((row[name] for name in PROBLEM_FIELDS if isinstance(row.get(name), str) and row[name].strip()), None)
-        if text is None:
+        name, text = next(((name, row[name]) for name in PROBLEM_FIELDS if row.get(name)), (None, ""))
+        if not isinstance(text, str):
+            fail(f"{where}: field '{name}' should be text, found {type(text).__name__}")
+        if not text.strip():
             fail(f"{where}: no problem text; one of the fields {', '.join(PROBLEM_FIELDS)} is wanted")
         id_ = str(next((row[k] for k in ("id", "uuid") if row.get(k) is not None), f"{stem}-{i}"))
         if id_ in seen:
             fail(f"{where}: id {id_!r} stands already at {seen[id_]}; ids must differ")
         seen[id_] = where
-        answer, why = gold_answer(row)
-        if answer is None:
+        gold, why = code_tests(row) if mode == "code" else gold_answer(row)
+        if gold is None:
             dropped[why] += 1
+        elif mode == "code":
+            starter = row.get("starter_code")
+            if gold["entry_point"] and isinstance(starter, str) and starter.strip() not in text:
+                text = f"{text.strip()}\n\n```python\n{starter.strip()}\n```"
+            problems.append(Problem(id_, text.strip(), None, mode, "function" if gold["entry_point"] else "stdin", gold))
         else:
-            problems.append(Problem(id_, text.strip(), answer, mode))
-    parsed = judge.parse_golds(problems)
-    dropped.update(why for why in parsed if why)
-    problems = [problem for problem, why in zip(problems, parsed) if not why][:max_problems]
+            problems.append(Problem(id_, text.strip(), gold, mode))
+    if mode == "math":
+        parsed = judge.parse_golds(problems)
+        dropped.update(why for why in parsed if why)
+        problems = [problem for problem, why in zip(problems, parsed) if not why]
+    problems = problems[:max_problems]
     if not problems:
         fail(f"--data {data}: no problem is left of {stop - start}; dropped: {dict(dropped) or 'none, it is empty'}")
     return problems, dropped
@@ -761,33 +788,409 @@ def same_quantity(gold, answer):
     return same_value(g, a)
 
 
+# What sympy and the reading raise for what they cannot take. MemoryError is not among them: it ends the worker.
+UNREADABLE = (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, NotImplementedError)
+
+
 def gold_kind(gold):
-    """The kind of a gold answer, for the report; raises ValueError where it cannot be judged against."""
-    def check(part):
-        if part.kind == "value" and r"\infty" not in part.parts[0]:
-            expression(part.parts[0])
-        elif part.kind == "text" and (len(part.parts[0]) > 80 or part.parts[0] in ("", "nan", "inf", "null", "undefined")):
-            raise ValueError("no answer")
-        for p in part.parts:
-            if isinstance(p, Part):
-                check(p)
-            elif part.kind == "relation" and not NAME.fullmatch(p):
-                check(read(p))
-    part = read(tidy(gold))
-    check(part)
-    return str(part)
+    """The kind of a gold answer ('integer', 'tuple', ...), for the report; 'bad' if it cannot be judged against."""
+    try:
+        part = read(tidy(gold))
+        return str(part) if can_be_gold(part) else "bad"
+    except UNREADABLE:
+        return "bad"
+
+
+def can_be_gold(part):
+    """Whether all values of a gold answer are expressions and its texts are short; raises what UNREADABLE names if not."""
+    if part.kind == "value":
+        return r"\infty" in part.parts[0] or bool(expression(part.parts[0]) is not None)
+    if part.kind == "text":
+        return len(part.parts[0]) <= 80 and part.parts[0] not in ("", "nan", "inf", "null", "undefined")
+    if part.kind == "choice":
+        return True
+    return all(can_be_gold(read(p) if part.kind == "relation" else p) for p in part.parts
+               if part.kind != "relation" or not NAME.fullmatch(p))
 
 
 def right_answer(gold, answer):
     """Whether the inside of a \\boxed{} is a right answer to a gold one; what cannot be read is not."""
     try:
         gold, answer = tidy(gold), tidy(answer)
-        return gold == answer or same(read(gold), read(answer))
-    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, NotImplementedError):  # all from sympy
+        return gold == answer or bool(same(read(gold), read(answer)))
+    except UNREADABLE:
         return False
 
 
+# ------------------------------------------------------------------------------------------------ programs and tests
+# Model-written code is hostile. It runs under bubblewrap as nobody, with every namespace unshared: no network, no host
+# process in sight, a read-only /usr, a small tmpfs, nothing else. One sandbox per test; the compiled program travels
+# through memory, so that nothing is ever on the host's disk. What goes in is the program and one test's input. The
+# expected output and the verdict stay outside, so there is nothing to read, patch or forge.
+
+
+class Language(NamedTuple):
+    names: tuple  # of the fence
+    file: str
+    compile: str  # shell line that leaves `program` in the working directory; "" if there is nothing to compile
+    run: str
+    address_space: bool = True  # whether it can live under a limit of its address space
+    processes: int = 16  # threads included
+
+
+LANGUAGES = (
+    Language(("python", "python3", "py"), "main.py", "", "python3 -I main.py"),
+    Language(("cpp", "c++", "cc", "cxx"), "main.cpp", "g++ -O2 -std=c++17 -o program main.cpp", "./program"),
+    Language(("c",), "main.c", "gcc -O2 -std=c17 -o program main.c -lm", "./program"),
+    Language(("rust", "rs"), "main.rs", "rustc -O --edition 2021 -o program main.rs", "./program"),
+    Language(("go", "golang"), "main.go", "GOCACHE=/tmp/go HOME=/tmp go build -o program main.go", "./program", False, 64),
+    Language(("java",), "Main.java", "javac -J-Xmx512m -d classes Main.java && jar cfe program Main -C classes .",
+             "java -Xmx{mb}m -Xss64m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -jar program", False, 64),
+)
+SANDBOX_PATH = "/usr/local/go/bin:/usr/local/bin:/usr/bin"
+OUTPUT_BYTES, FILE_BYTES, TMPFS_BYTES = 64 << 20, 64 << 20, 128 << 20
+COMPILE_SECONDS = 20.0
+# Calls entry_point on one test's arguments. Its result goes out by a descriptor of its own; what is printed does not.
+DRIVER = """import json, os, sys
+out = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+sys.setrecursionlimit(100000)
+names = {"__name__": "solution"}
+exec("import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys\\n"
+     "from bisect import *; from collections import *; from functools import *; from heapq import *\\n"
+     "from itertools import *; from math import *; from typing import *", names)
+exec(compile(open("main.py").read(), "main.py", "exec"), names)
+entry, args, kwargs = json.load(sys.stdin)
+if entry.isidentifier() and entry not in names:
+    entry = "Solution()." + entry
+json.dump(eval(entry, names)(*args, **kwargs), out)
+out.flush()
+"""
+
+
+class Run(NamedTuple):
+    ended: str  # ok (exit status 0), failed, timeout, memory, output
+    output: bytes
+
+
+def last_program(response):
+    """(Language, source) of the last closed fenced block that names a known, installed language, or None."""
+    if "<think>" in response and "</think>" not in response:
+        return None
+    found, opened, lines = None, None, response.rpartition("</think>")[2].splitlines()
+    for i, line in enumerate(lines):
+        fence = re.fullmatch(r"\s*```([^`]*)", line)
+        if fence and (opened is None or fence[1].strip()):
+            opened = i, fence[1].strip().lower().partition(" ")[0]
+        elif fence:
+            language = next((x for x in LANGUAGES if opened[1] in x.names and installed(x)), None)
+            found = (language, "\n".join(lines[opened[0] + 1: i]) + "\n") if language else found
+            opened = None
+    return found
+
+
+@functools.cache
+def installed(language):
+    """Whether a language's tool is where the sandbox sees it."""
+    tool = next(word for word in (language.compile or language.run).split() if "=" not in word)
+    return shutil.which(tool, path=SANDBOX_PATH) is not None
+
+
+def sandbox_command(shell, names, fds, info):
+    """The bubblewrap command line that runs a shell line over files (their names, open descriptors with their bytes)."""
+    command = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session",
+               "--as-pid-1",  # when the shell ends, as process 1, the kernel ends every process that is left
+               "--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--cap-drop", "ALL", "--clearenv",
+               "--setenv", "PATH", SANDBOX_PATH, "--setenv", "LANG", "C.UTF-8", "--info-fd", str(info),
+               "--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin", "--proc", "/proc",
+               "--dev", "/dev", "--remount-ro", "/dev"]
+    for name in ("lib", "lib32", "lib64", "libx32"):
+        if os.path.islink("/" + name):
+            command += ["--symlink", "usr/" + name, "/" + name]
+    for path in ["/etc/ld.so.cache", "/etc/alternatives", *glob.glob("/etc/java-*")]:
+        command += ["--ro-bind-try", path, path]
+    command += ["--size", str(TMPFS_BYTES), "--tmpfs", "/tmp"]
+    for name, fd in zip(names, fds):
+        command += ["--perms", "0755", "--file", str(fd), "/tmp/" + name]
+    return [*command, "--remount-ro", "/", "--chdir", "/tmp", "sh", "-c", shell]
+
+
+def run_program(shell, files, stdin=b"", seconds=5.0, memory=1.0, processes=16, address_space=True, sandbox=True):
+    """
+    Runs a shell line over files ({name: bytes}) in a sandbox of its own and returns Run, with all its processes gone.
+
+    Limits: `seconds` of wall time and of CPU per process; `processes`, threads included; `memory` GiB, as address space
+    of each process and as resident memory of all together (looked at every 20 ms); the size of files, the temporary
+    file system and the output. sandbox=False: no protection at all, only the limits. Raises RuntimeError where the
+    sandbox itself does not start.
+    """
+    limits = f"prlimit --core=0 --nofile=256 --fsize={FILE_BYTES} --cpu={math.ceil(seconds) + 1}"
+    if address_space:
+        limits += f" --as={int(memory * 2**30)} --stack={int(memory * 2**29)}"
+    if sandbox:
+        limits += f" --nproc={processes}"
+    shell = f"{limits} sh -c {shlex.quote(shell)}; exit $?"
+    with contextlib.ExitStack() as stack:
+        def in_memory(data):
+            file = stack.enter_context(os.fdopen(os.memfd_create("data"), "wb+"))
+            file.write(data)
+            file.seek(0)
+            return file.fileno()
+
+        fds = {name: in_memory(data) for name, data in files.items()}
+        stdin = in_memory(stdin)
+        info, info_write = os.pipe()
+        stack.callback(os.close, info)
+        how = {"env": {}, "cwd": "/"}
+        if sandbox:
+            command = [shutil.which("bwrap"), *sandbox_command(shell, list(fds), fds.values(), info_write)[1:]]
+            if os.geteuid() == 0:  # the process limit does not hold for root, not even inside a user namespace
+                how |= {"user": 65534, "group": 65534, "extra_groups": []}
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            for name, data in files.items():
+                with open(os.path.join(folder, name), "wb", opener=lambda p, flags: os.open(p, flags, 0o755)) as f:
+                    f.write(data)
+            command, how = ["sh", "-c", shell], {"cwd": folder, "start_new_session": True}
+        process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   pass_fds=[*fds.values(), info_write], **how)
+        os.close(info_write)
+        first = process.pid
+        try:
+            if sandbox:
+                told = b""
+                while not told.endswith(b"}\n") and (piece := os.read(info, 4096)):
+                    told += piece
+                if not told:
+                    raise RuntimeError("bubblewrap did not start")
+                first = json.loads(told)["child-pid"]  # process 1 of the sandbox, by its number out here
+            return Run(*watch(process, first, seconds, memory))
+        finally:
+            if process.poll() is None:
+                if sandbox:
+                    os.kill(first, signal.SIGKILL)
+                else:
+                    os.killpg(process.pid, signal.SIGKILL)
+            process.wait()  # bubblewrap ends once the kernel has ended all processes of the sandbox
+            process.stdout.close()
+
+
+def watch(process, first, seconds, memory):
+    """(how it ended, its output) of a running program: reads what it prints until it ends or breaks a limit."""
+    output, open_, deadline, looked = bytearray(), True, time.monotonic() + seconds, 0.0
+    poll = select.poll()
+    poll.register(process.stdout, select.POLLIN)
+    while True:
+        if open_ and poll.poll(20):
+            chunk = os.read(process.stdout.fileno(), 1 << 20)
+            output += chunk
+            open_ = bool(chunk)
+        elif not open_:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return "failed" if process.wait(0.02) else "ok", bytes(output)
+        now = time.monotonic()
+        if now > deadline:
+            return "timeout", b""
+        if len(output) > OUTPUT_BYTES:
+            return "output", b""
+        if now - looked > 0.02:
+            looked = now
+            if resident(first) > memory * 2**30:
+                return "memory", b""
+
+
+def resident(pid):
+    """Bytes of resident memory of a process and all its descendants (what they share is counted for each)."""
+    total, waiting = 0, [pid]
+    while waiting:
+        pid = waiting.pop()
+        try:
+            with open(f"/proc/{pid}/statm") as f:
+                total += int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            for thread in os.listdir(f"/proc/{pid}/task"):
+                with open(f"/proc/{pid}/task/{thread}/children") as f:
+                    waiting += f.read().split()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            pass
+    return total
+
+
+def check_sandbox():
+    """Ends the program with what to install or allow if bubblewrap cannot be used here."""
+    refuse = "; --unsafe_no_sandbox would run model-written programs WITH ALL YOUR RIGHTS"
+    if shutil.which("bwrap") is None:
+        fail(f"--mode code needs bubblewrap: apt-get install bubblewrap{refuse}")
+    if not os.path.exists("/usr/bin/prlimit") or not installed(LANGUAGES[0]):
+        fail("--mode code needs /usr/bin/prlimit and /usr/bin/python3: apt-get install util-linux python3")
+    try:
+        works = run_program("cat", {}, b"ok", seconds=10).output == b"ok"
+    except RuntimeError:
+        works = False
+    if not works:
+        fail("--mode code: bubblewrap is installed but cannot make a sandbox here; allow unprivileged user namespaces (in a "
+             f"container also: --security-opt seccomp=unconfined --security-opt systempaths=unconfined){refuse}")
+
+
+def judge_program(language, source, tests, seconds, memory, sandbox):
+    """'1', '0' or 'late' of a program on its tests, one sandbox for each; the first that fails decides."""
+    language = Language(*language)
+    files, how = {language.file: source.encode()}, {"memory": memory, "sandbox": sandbox, "address_space": language.address_space}
+    if language.compile:
+        result = run_program(f"{{ {language.compile}; }} >/dev/null && cat program", files, seconds=COMPILE_SECONDS,
+                             processes=max(32, language.processes), **how)
+        if result.ended != "ok":
+            return "late" if result.ended == "timeout" else "0"
+        files = {"program": result.output}
+    shell = language.run.replace("{mb}", str(int(memory * 512)))
+    if tests["entry_point"]:
+        if language.file != "main.py":
+            return "0"
+        shell, files = "python3 -I driver.py", {**files, "driver.py": DRIVER.encode()}
+    for given, expected in tests["cases"]:
+        result = run_program(shell, files, given.encode(), tests["seconds"] or seconds, processes=language.processes, **how)
+        if result.ended != "ok":
+            return "late" if result.ended == "timeout" else "0"
+        same_output = same_result if tests["entry_point"] else same_text
+        if not same_output(result.output.decode("utf-8", "replace"), expected, tests["tolerance"]):
+            return "0"
+    return "1"
+
+
+def same_text(output, expected, tolerance=None):
+    """Line by line, trailing blanks ignored; with a tolerance, numbers may differ by so much, absolutely or relatively."""
+    mine, theirs = ([line.rstrip() for line in text.rstrip().splitlines()] for text in (output, expected))
+    if mine == theirs or tolerance is None:
+        return mine == theirs
+    mine, theirs = ([line.split() for line in lines] for lines in (mine, theirs))
+    return list(map(len, mine)) == list(map(len, theirs)) and all(
+        a == b or near(a, b, tolerance) for x, y in zip(mine, theirs) for a, b in zip(x, y))
+
+
+def near(a, b, tolerance):
+    """Whether two words are finite decimal numbers that differ by no more than the tolerance, absolutely or relatively."""
+    plain = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?")
+    return bool(plain.fullmatch(a) and plain.fullmatch(b)) and abs(float(a) - float(b)) <= tolerance * max(1, abs(float(b)))
+
+
+def same_result(output, expected, tolerance=None):
+    """As `same_text`, for the JSON of a function's result; 1, 1.0 and true are three different things."""
+    def equal(a, b):
+        if isinstance(a, list) and isinstance(b, list):
+            return len(a) == len(b) and all(map(equal, a, b))
+        if isinstance(a, dict) and isinstance(b, dict):
+            return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+        if tolerance is not None and type(a) in (int, float) and type(b) in (int, float):
+            return near(str(a), str(b), tolerance)
+        return type(a) is type(b) and a == b
+    try:
+        return equal(json.loads(output), json.loads(expected))
+    except (ValueError, RecursionError):
+        return False
+
+
+# What the rows of data sets call their tests.
+TEST_FIELDS = ("official_tests", "tests", "public_test_cases", "examples", "input_output", "test")
+
+
+def code_tests(row):
+    """
+    (tests, None) or (None, why there are none) of a row. tests: cases, a list of [input, expected output]; entry_point,
+    None or the function to call, then each input is JSON [entry_point, args, kwargs] and each output JSON; seconds and
+    tolerance, None where the problem does not state them.
+    """
+    if row.get("generated_checker") or row.get("checker"):
+        return None, "several outputs are right (it has a checker of its own)"
+    if row.get("input_mode") == "file":
+        return None, "its programs read files"
+    entry = row.get("entry_point")
+    if entry is not None and not (isinstance(entry, str) and re.fullmatch(r"(?:[A-Za-z_]\w*\(\)\.)?[A-Za-z_]\w*", entry)):
+        return None, "field 'entry_point' names no function"
+    cases, why = [], "no tests"
+    for field in TEST_FIELDS:
+        value = row.get(field)
+        if value is None or value == "" or value == []:
+            continue
+        try:
+            found = read_cases(value, entry)
+        except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
+            found = []
+        cases += [case for case in found if case not in cases]
+        why = why if found else f"field '{field}' gives no test"
+    stated = re.search(r"(?:absolute|relative)[^.]{0,40}error[^.]{0,80}?(?:10\s*\^\s*\{?\s*[-−–]\s*(\d+)|1e-(\d+))",
+                       str(next((row[k] for k in PROBLEM_FIELDS if row.get(k)), "")) + str(row.get("output_format") or ""))
+    tolerance = row.get("tolerance") if isinstance(row.get("tolerance"), (int, float)) else None
+    if tolerance is None and stated:
+        tolerance = 10.0 ** -int(stated[1] or stated[2])
+    seconds = row.get("time_limit") if isinstance(row.get("time_limit"), (int, float)) and row["time_limit"] > 0 else None
+    tests = {"cases": cases, "entry_point": entry, "seconds": seconds, "tolerance": tolerance}
+    return (tests, None) if cases else (None, why)
+
+
+def read_cases(value, entry):
+    """[[input, expected], ...] of one field: a list of pairs, two columns, JSON of either, or a function's asserts."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return read_asserts(value, entry) if entry else []
+    if isinstance(value, dict):
+        inputs, outputs = (next(value[k] for k in keys if k in value) for keys in (("input", "inputs"), ("output", "outputs")))
+        if len(inputs) != len(outputs) or isinstance(inputs, str):
+            return []
+        value = [{"input": i, "output": o} for i, o in zip(inputs, outputs)]
+    cases = []
+    for case in value:
+        given, expected = case["input"], case["output"]
+        if entry:
+            args, kwargs = arguments(given)
+            cases.append([json.dumps([entry, args, kwargs]), json.dumps(literal(expected))])
+            continue
+        given, expected = ("\n".join(map(str, x)) if isinstance(x, list) else x for x in (given, expected))
+        if isinstance(given, str) and isinstance(expected, str) and not given.rstrip().endswith("..."):  # cut short
+            cases.append([given, expected])
+    return cases
+
+
+def arguments(given):
+    """(args, kwargs) of a function test's input: a list, a dict, 'nums = [1], k = 2', or a JSON value per line."""
+    if isinstance(given, dict):
+        return [], given
+    if isinstance(given, list):
+        return given, {}
+    if re.match(r"\s*[A-Za-z_]\w*\s*=", given):
+        call = ast.parse(f"f({given})", mode="eval").body
+        return [], {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    return [json.loads(line) for line in given.splitlines() if line.strip()], {}
+
+
+def literal(text):
+    """A value from its JSON or Python text; anything but text is itself."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return ast.literal_eval(text)
+
+
+def read_asserts(text, entry):
+    """The cases of `assert candidate(1, k=2) == 3` lines; others are left out, and all if one cannot be read."""
+    cases = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Assert):
+            call, expected = node.test.left, node.test.comparators[0]
+            if not isinstance(node.test.ops[0], ast.Eq) or call.func.id not in ("candidate", entry):
+                raise ValueError("an assert of another form")
+            cases.append([json.dumps([entry, [ast.literal_eval(a) for a in call.args],
+                                      {k.arg: ast.literal_eval(k.value) for k in call.keywords}]),
+                          json.dumps(ast.literal_eval(expected))])
+    return cases
+
+
 # ------------------------------------------------------------------------------------------------------- verdicts
+
+
+UNSAFE = ("MODEL-WRITTEN PROGRAMS RUN WITH ALL YOUR RIGHTS: THEY CAN READ, CHANGE AND DELETE YOUR FILES AND USE YOUR NETWORK")
 
 
 class Verdict(NamedTuple):
@@ -796,23 +1199,24 @@ class Verdict(NamedTuple):
 
 
 def worker():
-    """The judge's worker process: one JSON line in ([gold, answer or null]), one line out, until stdin ends."""
+    """
+    The judge's worker process, until stdin ends. One JSON line in, [seconds it may take, function, arguments], where
+    function is gold_kind, right_answer or judge_program; one line out: what it returns, or 'bad' for a gold answer that
+    cannot be read.
+    """
     import resource
-    limit, memory = float(sys.argv[2]), float(sys.argv[3])
-    resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2**30),) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (int(float(sys.argv[2]) * 2**30), resource.RLIM_INFINITY))
     sys.set_int_max_str_digits(20_000)
     expression("x")  # imports the parser
     print("ready", flush=True)
     for line in sys.stdin:
-        gold, answer = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, limit + 1)  # SIGALRM's default ends the process, should the parent be gone
-        if answer is None:
-            try:
-                reply = gold_kind(gold)
-            except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, NotImplementedError):
-                reply = "0"
+        seconds, function, arguments = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # its default ends the process, should the parent be gone
+        if function == "judge_program":
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)  # programs have a limit of their own
+            reply = judge_program(*arguments)
         else:
-            reply = int(right_answer(gold, answer))
+            reply = right_answer(*arguments) if function == "right_answer" else gold_kind(*arguments)
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(reply, flush=True)
 
@@ -823,19 +1227,22 @@ class Judge:
     killed and replaced; its answer counts as wrong, with the reason 'timeout' or 'crash'. math-verify's own time-outs
     need signals and the main thread; these need neither, so a Judge may be used from any thread and any rank.
 
-    workers: processes (default: the cores, shared among the ranks of this node). limit: seconds a verdict may take.
-    memory: GiB of address space a worker may have.
+    workers: processes (default: the cores, shared among the ranks of this node). limit: seconds a verdict may take; for
+    a program, seconds of one test whose problem states none. memory: GiB of address space of a worker. program_memory:
+    GiB that a program may have. sandbox=False runs programs without any protection.
     """
 
-    def __init__(self, workers=None, limit=5.0, memory=4.0):
+    def __init__(self, workers=None, limit=5.0, memory=4.0, program_memory=1.0, sandbox=True):
+        if not sandbox and os.environ.get("RANK", "0") == "0":
+            print(f"--unsafe_no_sandbox: {UNSAFE}", flush=True)
         workers = workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.limit, self.memory, self.known = limit, memory, {}
-        self.local, self.lock, self.processes = threading.local(), threading.Lock(), set()
+        self.limit, self.memory, self.program_memory, self.sandbox = limit, memory, program_memory, sandbox
+        self.known, self.local, self.lock, self.processes = {}, threading.local(), threading.Lock(), set()
         self.spare = [self.start() for _ in range(workers)]  # all at once: their imports take a second
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")
 
     def start(self):
-        command = [sys.executable, os.path.abspath(__file__), "--worker", str(self.limit), str(self.memory)]
+        command = [sys.executable, os.path.abspath(__file__), "--worker", str(self.memory)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                    env={**os.environ, "OMP_NUM_THREADS": "1"})
         process.is_ready = False
@@ -843,11 +1250,8 @@ class Judge:
             self.processes.add(process)
         return process
 
-    def ask(self, gold, answer):
-        """'1', '0', 'timeout' or 'crash'; one worker process per thread of the pool."""
-        key = (gold, answer)
-        if key in self.known:
-            return self.known[key]
+    def ask(self, function, arguments, seconds):
+        """What a worker replies, or 'timeout' or 'crash'; one worker process per thread of the pool."""
         process = getattr(self.local, "process", None)
         if process is None:
             with self.lock:
@@ -858,16 +1262,14 @@ class Judge:
                 raise RuntimeError(f"a judge worker did not start; run this to see why: {' '.join(process.args)}")
             process.is_ready = True
         try:
-            process.stdin.write((json.dumps([gold, answer]) + "\n").encode())
+            process.stdin.write((json.dumps([seconds, function, arguments]) + "\n").encode())
             process.stdin.flush()
-            reply = self.read(process, self.limit)
+            reply = self.read(process, seconds)
         except BrokenPipeError:
             reply = "crash"
         if reply in ("timeout", "crash"):
             self.stop(process)
             self.local.process = None
-        elif len(gold) + len(answer or "") < 200:
-            self.known[key] = reply  # a pure function of two short strings, asked again for every sample of a problem
         return reply
 
     def read(self, process, seconds):
@@ -885,17 +1287,35 @@ class Judge:
             self.processes.discard(process)
 
     def submit(self, problem, response):
-        """A Future of the Verdict on a response (text). Only its last \\boxed{} counts; without one it is wrong."""
-        answer = last_boxed(response)
-        if answer is None or len(answer) > 10_000:  # nobody's final answer is 10,000 characters long
+        """
+        A Future of the Verdict on a response (text). Only its last \\boxed{} counts, for code its last fenced block;
+        without one it is wrong.
+        """
+        answer = last_program(response) if problem.mode == "code" else last_boxed(response)
+        if answer is None:
             done = Future()
-            done.set_result(Verdict(False, "no answer" if answer is None else "wrong"))
+            done.set_result(Verdict(False, "no answer"))
             return done
-        return self.pool.submit(self.verdict, problem.answer, answer)
+        return self.pool.submit(self.verdict_code if problem.mode == "code" else self.verdict, problem, answer)
 
-    def verdict(self, gold, answer):
-        reply = self.ask(gold, answer)
-        return Verdict(reply == "1", {"1": "right", "0": "wrong"}.get(reply, reply))
+    def verdict(self, problem, answer):
+        """The Verdict on the inside of a \\boxed{}."""
+        key = problem.answer, answer
+        if len(answer) > 10_000:  # nobody's final answer is that long
+            return Verdict(False, "wrong")
+        if key not in self.known:
+            reply = self.ask("right_answer", key, self.limit)
+            verdict = Verdict(reply == "True", {"True": "right", "False": "wrong"}.get(reply, reply))
+            if len(answer) > 200 or verdict.reason in ("timeout", "crash"):
+                return verdict
+            self.known[key] = verdict  # a pure function of two short strings, asked again for every sample of a problem
+        return self.known[key]
+
+    def verdict_code(self, problem, program):
+        """The Verdict on a program (Language, source)."""
+        most = COMPILE_SECONDS + 10 + len(problem.tests["cases"]) * ((problem.tests["seconds"] or self.limit) + 1)
+        reply = self.ask("judge_program", [*program, problem.tests, self.limit, self.program_memory, self.sandbox], most)
+        return Verdict(reply == "1", {"1": "right", "0": "wrong", "late": "timeout"}.get(reply, reply))
 
     def __call__(self, problems, responses):
         """Verdicts of responses[i] to problems[i], in order."""
@@ -903,10 +1323,11 @@ class Judge:
 
     def parse_golds(self, problems):
         """Sets the kind of each problem's answer. For each None, or the reason why its gold answer cannot be used."""
-        bad = {"0": "gold cannot be parsed", **{why: f"gold cannot be parsed ({why})" for why in ("timeout", "crash")}}
-        for problem, reply in zip(problems, replies := list(self.pool.map(lambda p: self.ask(p.answer, None), problems))):
-            problem.kind = reply
-        return [bad.get(reply) for reply in replies]
+        kinds = list(self.pool.map(lambda p: self.ask("gold_kind", [p.answer], self.limit), problems))
+        for problem, kind in zip(problems, kinds):
+            problem.kind = kind
+        return [{"bad": "gold cannot be parsed"}.get(kind, f"gold cannot be parsed ({kind})")
+                if kind in ("bad", "timeout", "crash") else None for kind in kinds]
 
     def close(self):
         self.pool.shutdown()
@@ -929,29 +1350,39 @@ def main():
     parser.add_argument("--responses", help="responses.jsonl of srt.py: judge it again and print what changed")
     parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data")
     parser.add_argument("--mode", choices=sorted(INSTRUCTION), default="math")
+    parser.add_argument("--judge_seconds", type=float, default=5.0, help="limit of one verdict; for code, of one test")
+    parser.add_argument("--unsafe_no_sandbox", action="store_true", help=UNSAFE)
     args = parser.parse_args()
-    with Judge() as judge:
+    with Judge(limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox) as judge:
         problems, dropped = load_problems(args.data, judge, args.mode, args.range_)
-        print(f"{args.data}: {len(problems)} kept, {sum(dropped.values())} dropped"
-              + "".join(f"\n  {count:6d}  {why}" for why, count in dropped.most_common()))
-        if not args.responses:
-            return
-        by_id = {problem.id: problem for problem in problems}
-        asked, unknown = [], set()
-        for line, row in read_jsonl(args.responses, torn_ok=True):
-            need(row, args.responses, line, y_init=str, y_init_correct=bool)
-            if str(row.get("id")) not in by_id:
-                unknown.add(str(row.get("id")))
-                continue
-            which = "y_init" if row.get("revision") is None else "y_revised"
-            asked.append((line, by_id[str(row["id"])], which, row[which], row[f"{which}_correct"]))
-        verdicts = judge([a[1] for a in asked], [a[3] for a in asked])
-        changed = [(a, v) for a, v in zip(asked, verdicts) if v.correct != a[4]]
-        for (line, problem, which, _, before), verdict in changed:
-            print(f"  {args.responses}:{line}: {which} of {problem.id}: {'right' if before else 'wrong'} -> {verdict.reason}")
-        counts = Counter(v.reason for v in verdicts)
-        print(f"{args.responses}: {len(asked)} judged ({', '.join(f'{n} {why}' for why, n in counts.most_common())}), "
-              f"{len(changed)} changed, {len(unknown)} ids not in the data")
+        print(f"{args.data}: {len(problems)} kept, {sum(dropped.values())} dropped")
+        for kind, count in Counter(problem.kind for problem in problems).most_common():
+            print(f"  {count:6d}  kept     {kind}")
+        for why, count in dropped.most_common():
+            print(f"  {count:6d}  dropped  {why}")
+        if args.responses:
+            judge_again(args.responses, {problem.id: problem for problem in problems}, judge)
+
+
+def judge_again(path, by_id, judge):
+    """Judges the last response of each row of a responses.jsonl anew and prints where the verdict is another one."""
+    asked, unknown = [], set()
+    for line, row in read_jsonl(path):
+        which = "y_init" if row.get("revision") is None else "y_revised"
+        need(row, path, line, **{"id": str, which: str, f"{which}_correct": bool})
+        if row["id"] in by_id:
+            asked.append((line, by_id[row["id"]], which, row[which], row[f"{which}_correct"]))
+        else:
+            unknown.add(row["id"])
+    if not asked:
+        fail(f"{path}: no response to a problem of --data; {len(unknown)} ids that are not in the data")
+    verdicts = judge([a[1] for a in asked], [a[3] for a in asked])
+    changed = [(a, v) for a, v in zip(asked, verdicts) if v.correct != a[4]]
+    for (line, problem, which, _, before), verdict in changed:
+        print(f"  {path}:{line}: {which} of {problem.id}: {'right' if before else 'wrong'} -> {verdict.reason}")
+    counts = Counter(v.reason for v in verdicts)
+    print(f"{path}: {len(asked)} judged ({', '.join(f'{n} {why}' for why, n in counts.most_common())}), "
+          f"{len(changed)} changed, {len(unknown)} ids not in the data")
 
 
 if __name__ == "__main__":
