@@ -20,11 +20,13 @@ import glob
 import json
 import math
 import os
+import platform
 import re
 import select
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -831,6 +833,7 @@ def right_answer(gold, answer):
 
 class Language(NamedTuple):
     names: tuple  # of the fence
+    tool: str  # that must be installed
     file: str
     compile: str  # shell line that leaves `program` in the working directory; "" if there is nothing to compile
     run: str
@@ -838,13 +841,17 @@ class Language(NamedTuple):
     processes: int = 16  # threads included
 
 
+# Java: the file is named after its public class; the jar starts at the class that has a main.
+JAVA = (r"n=$(sed -nE 's/.*public +(final +)?class +(\w+).*/\2/p' Main.java | head -1); mkdir c s; mv Main.java s/${n:-Main}.java; "
+        r"javac -J-Xmx512m -d c s/*.java && cd c && jar cfe ../program $(grep -lF '([Ljava/lang/String;)V' *.class | "
+        r"head -1 | sed s/.class//) . && cd ..")
 LANGUAGES = (
-    Language(("python", "python3", "py"), "main.py", "", "python3 -I main.py"),
-    Language(("cpp", "c++", "cc", "cxx"), "main.cpp", "g++ -O2 -std=c++17 -o program main.cpp", "./program"),
-    Language(("c",), "main.c", "gcc -O2 -std=c17 -o program main.c -lm", "./program"),
-    Language(("rust", "rs"), "main.rs", "rustc -O --edition 2021 -o program main.rs", "./program"),
-    Language(("go", "golang"), "main.go", "GOCACHE=/tmp/go HOME=/tmp go build -o program main.go", "./program", False, 64),
-    Language(("java",), "Main.java", "javac -J-Xmx512m -d classes Main.java && jar cfe program Main -C classes .",
+    Language(("python", "python3", "py"), "python3", "main.py", "", "python3 -I main.py"),
+    Language(("cpp", "c++", "cc", "cxx"), "g++", "main.cpp", "g++ -O2 -std=c++17 -o program main.cpp", "./program"),
+    Language(("c",), "gcc", "main.c", "gcc -O2 -std=c17 -o program main.c -lm", "./program"),
+    Language(("rust", "rs"), "rustc", "main.rs", "rustc -O --edition 2021 -o program main.rs", "./program"),
+    Language(("go", "golang"), "go", "main.go", "GOCACHE=/tmp/go HOME=/tmp go build -o program main.go", "./program", False, 64),
+    Language(("java",), "javac", "Main.java", JAVA,
              "java -Xmx{mb}m -Xss64m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -jar program", False, 64),
 )
 SANDBOX_PATH = "/usr/local/go/bin:/usr/local/bin:/usr/bin"
@@ -892,16 +899,35 @@ def last_program(response):
 @functools.cache
 def installed(language):
     """Whether a language's tool is where the sandbox sees it."""
-    tool = next(word for word in (language.compile or language.run).split() if "=" not in word)
-    return shutil.which(tool, path=SANDBOX_PATH) is not None
+    return shutil.which(language.tool, path=SANDBOX_PATH) is not None
 
 
-def sandbox_command(shell, names, fds, info):
+# Calls that a program may not make, by machine: those that keep memory which no process maps, where the memory limit
+# does not see it (memfd_create, shmget, msgget, semget, mq_open, add_key, request_key, keyctl, memfd_secret), and doors
+# that kernel bugs tend to have (bpf, perf_event_open, userfaultfd, io_uring_setup).
+FORBIDDEN = {
+    "x86_64": (0xC000003E, (319, 29, 68, 64, 240, 248, 249, 250, 447, 321, 298, 323, 425)),
+    "aarch64": (0xC00000B7, (279, 194, 186, 190, 180, 217, 218, 219, 447, 280, 241, 282, 425)),
+}
+
+
+def seccomp_filter():
+    """The bytes of a BPF program by which FORBIDDEN calls, and all calls of another architecture, fail with EPERM."""
+    arch, numbers = FORBIDDEN[platform.machine()]
+    load, equal, at_least, result = 0x20, 0x15, 0x35, 0x06  # operation codes
+    rest = len(numbers)
+    program = [(load, 0, 0, 4), (equal, 0, rest + 3, arch), (load, 0, 0, 0), (at_least, rest + 1, 0, 0x40000000)]
+    program += [(equal, rest - i, 0, number) for i, number in enumerate(numbers)]
+    program += [(result, 0, 0, 0x7FFF0000), (result, 0, 0, 0x00050001)]  # allowed; EPERM
+    return b"".join(struct.pack("HBBI", *step) for step in program)
+
+
+def sandbox_command(shell, names, fds, info, seccomp):
     """The bubblewrap command line that runs a shell line over files (their names, open descriptors with their bytes)."""
     command = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session",
                "--as-pid-1",  # when the shell ends, as process 1, the kernel ends every process that is left
                "--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--cap-drop", "ALL", "--clearenv",
-               "--setenv", "PATH", SANDBOX_PATH, "--setenv", "LANG", "C.UTF-8", "--info-fd", str(info),
+               "--setenv", "PATH", SANDBOX_PATH, "--setenv", "LANG", "C.UTF-8", "--info-fd", str(info), "--seccomp", str(seccomp),
                "--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin", "--proc", "/proc",
                "--dev", "/dev", "--remount-ro", "/dev"]
     for name in ("lib", "lib32", "lib64", "libx32"):
@@ -938,12 +964,12 @@ def run_program(shell, files, stdin=b"", seconds=5.0, memory=1.0, processes=16, 
             return file.fileno()
 
         fds = {name: in_memory(data) for name, data in files.items()}
-        stdin = in_memory(stdin)
+        stdin, seccomp = in_memory(stdin), in_memory(seccomp_filter() if sandbox else b"")
         info, info_write = os.pipe()
         stack.callback(os.close, info)
         how = {"env": {}, "cwd": "/"}
         if sandbox:
-            command = [shutil.which("bwrap"), *sandbox_command(shell, list(fds), fds.values(), info_write)[1:]]
+            command = [shutil.which("bwrap"), *sandbox_command(shell, fds, fds.values(), info_write, seccomp)[1:]]
             if os.geteuid() == 0:  # the process limit does not hold for root, not even inside a user namespace
                 how |= {"user": 65534, "group": 65534, "extra_groups": []}
         else:
@@ -953,7 +979,7 @@ def run_program(shell, files, stdin=b"", seconds=5.0, memory=1.0, processes=16, 
                     f.write(data)
             command, how = ["sh", "-c", shell], {"cwd": folder, "start_new_session": True}
         process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                   pass_fds=[*fds.values(), info_write], **how)
+                                   pass_fds=[*fds.values(), seccomp, info_write], **how)
         os.close(info_write)
         first = process.pid
         try:
@@ -966,11 +992,11 @@ def run_program(shell, files, stdin=b"", seconds=5.0, memory=1.0, processes=16, 
                 first = json.loads(told)["child-pid"]  # process 1 of the sandbox, by its number out here
             return Run(*watch(process, first, seconds, memory))
         finally:
-            if process.poll() is None:
-                if sandbox:
-                    os.kill(first, signal.SIGKILL)
-                else:
+            if not sandbox:
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
+            elif process.poll() is None:
+                kill_tree(process.pid) if first == process.pid else os.kill(first, signal.SIGKILL)
             process.wait()  # bubblewrap ends once the kernel has ended all processes of the sandbox
             process.stdout.close()
 
@@ -999,20 +1025,31 @@ def watch(process, first, seconds, memory):
                 return "memory", b""
 
 
-def resident(pid):
-    """Bytes of resident memory of a process and all its descendants (what they share is counted for each)."""
-    total, waiting = 0, [pid]
+def descendants(pid):
+    """The ids of a process and of all that descend from it."""
+    waiting = [pid]
     while waiting:
-        pid = waiting.pop()
-        try:
-            with open(f"/proc/{pid}/statm") as f:
-                total += int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-            for thread in os.listdir(f"/proc/{pid}/task"):
-                with open(f"/proc/{pid}/task/{thread}/children") as f:
-                    waiting += f.read().split()
-        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-            pass
-    return total
+        yield (pid := waiting.pop())
+        for path in glob.glob(f"/proc/{pid}/task/*/children"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(path) as f:  # it may have ended meanwhile
+                waiting += map(int, f.read().split())
+
+
+def resident(pid):
+    """Bytes of resident memory of a process and all its descendants; what they share is counted for each."""
+    pages = 0
+    for pid in descendants(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/statm") as f:
+            pages += int(f.read().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def kill_tree(pid):
+    """Kills a process and its descendants. Stopped first, so that it starts no more of them."""
+    os.kill(pid, signal.SIGSTOP)
+    for pid in list(descendants(pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def check_sandbox():
@@ -1022,6 +1059,8 @@ def check_sandbox():
         fail(f"--mode code needs bubblewrap: apt-get install bubblewrap{refuse}")
     if not os.path.exists("/usr/bin/prlimit") or not installed(LANGUAGES[0]):
         fail("--mode code needs /usr/bin/prlimit and /usr/bin/python3: apt-get install util-linux python3")
+    if platform.machine() not in FORBIDDEN:
+        fail(f"--mode code: the sandbox knows {' and '.join(FORBIDDEN)}, this machine is {platform.machine()}{refuse}")
     try:
         works = run_program("cat", {}, b"ok", seconds=10).output == b"ok"
     except RuntimeError:
@@ -1280,7 +1319,7 @@ class Judge:
         return process.stdout.readline().decode().strip() or "crash"
 
     def stop(self, process):
-        process.kill()
+        kill_tree(process.pid)  # bubblewrap itself, killed while it sets up, would leave a child that waits for ever
         process.wait()
         process.stdin = process.stdout = None
         with self.lock:
