@@ -344,7 +344,11 @@ def check_attack(run, is_timeout, limit=1.0):
     assert reply == ("late" if is_timeout else "0")
     assert took < limit + 1.5
     assert sandbox_processes() == []
-    _, files_after, available_after = host()
+    for _ in range(50):  # others use this machine too: what they hold for a moment is not what the attack left
+        _, files_after, available_after = host()
+        if available - available_after < 300 << 20:
+            break
+        time.sleep(0.1)
     assert {f for f in files_after - files if "bash" not in f and "pytest" not in f and "pymp" not in f} == set()
     assert available - available_after < 300 << 20
     return took
