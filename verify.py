@@ -495,7 +495,7 @@ def read_value(text):
     if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
         text = re.sub(r"(\d+(?:\.\d+)?)\s*⟦degree⟧", r"(\1\\pi/180)", text)
     m = re.fullmatch(r"(-?)\s*((?:⟦(?:dollar|euro|pound)⟧)?)([^⟦⟧]*?)((?:[\s/]*\{?⟦[^⟧]*⟧\}?(?:\s*\^\s*\{?-?\d\}?)?|\s*\\cdot)*)", text)
-    if m and re.search(r"\d|\\pi|\\sqrt|^\s*[a-zA-Z]\s*$", m[3]):
+    if m and re.search(r"\d|\\pi|\\sqrt", m[3]):
         return Part("value", ((m[1] + m[3]).strip(),), unit(m[2] + m[4]))
     if re.search(r"[\\^=]", text):
         raise ValueError(f"neither mathematics nor text: {text[:40]}")
@@ -566,6 +566,9 @@ def expression(text):
         return sympy.Rational(value[0].numerator, value[0].denominator)
     if re.search(r"[⟦⟧&;\"?@#]|\.\.|[^\x00-\x7f]", text):
         raise ValueError(f"no expression: {text[:40]}")
+    text = re.sub(r"_\{\s*\\(\w+)\s*\}", r"_{\1}", text)  # three that the parser cannot take: x_{\max}, E_1, \gamma
+    text = re.sub(r"(?<![\\A-Za-z])([eE])_\{?(\w+)\}?", r"X_{\1\2}", text)
+    text = re.sub(r"\\gamma(?![a-z])", r" X_{gamma} ", text)
     text = re.sub(r"([A-Za-z])(?:\^\s*\{?\\prime\}?|')", r"\1_{prime}", text)
     text = re.sub(r"(?<![\w\\.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)", r"\1 \\times 10^{\2}", text)
     try:
