@@ -36,7 +36,6 @@ from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import zip_longest
 from typing import NamedTuple
 
 # ---------------------------------------------------------------------------------------------------------- ranks
@@ -519,8 +518,8 @@ def unit(text):
 
 def number(text):
     """
-    (value, digits) of a plain number: integer, decimal (also repeating), fraction, mixed number, or power of ten. value
-    is an exact Fraction; digits is how many significant digits a decimal has, 0 for what is exact. None otherwise.
+    (value, unit) of a plain number: integer, decimal (also repeating), fraction, mixed number, or power of ten; None for
+    anything else. value is an exact Fraction; unit is that of the last place of a decimal of six digits or more, else 0.
     """
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip())
     text = re.sub(r"[{]([-+]?[\d.]+)[}]", r"{\1}", text)
@@ -528,7 +527,7 @@ def number(text):
     sign = -1 if sign == "-" else 1
     decimal = r"\d+(?:\.\d*)?|\.\d+"
     if re.fullmatch(decimal, text):
-        return sign * Fraction(text.rstrip(".")), len(text.replace(".", "").lstrip("0")) if "." in text else 0
+        return sign * Fraction(text.rstrip(".")), last_place(text)
     if m := re.fullmatch(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", text):
         whole, head, tail = m.groups()
         return sign * (Fraction(int((whole + head + tail) or 0) - int((whole + head) or 0),
@@ -542,9 +541,15 @@ def number(text):
     m = re.fullmatch(rf"(?:({decimal})\s*(?:\\times|\\cdot|x)\s*)?10\s*\^\s*(?:\{{\s*([-+]?\s*\d+)\s*\}}|([-+]?\d))", text) \
         or re.fullmatch(rf"({decimal})\s*[eE]\s*([-+]?\d+)()", text)
     if m and len(m[2] or "") < 5:
-        digits = len(m[1].replace(".", "").lstrip("0")) if m[1] and "." in m[1] else 0
-        return sign * Fraction(m[1] or 1) * Fraction(10) ** int((m[2] or m[3]).replace(" ", "")), digits
+        power = Fraction(10) ** int((m[2] or m[3]).replace(" ", ""))
+        return sign * Fraction(m[1] or 1) * power, last_place(m[1] or "") * power
     return None
+
+
+def last_place(text):
+    """0.01 for 1234.56; 0 for a number without a decimal point or with fewer than six digits."""
+    digits = text.replace(".", "").lstrip("0")
+    return Fraction(1, 10 ** len(text.partition(".")[2])) if "." in text and len(digits) >= 6 else Fraction(0)
 
 
 def terminates(value):
@@ -586,29 +591,28 @@ def expression(text):
         raise ValueError(f"no expression: {text[:40]}") from e
 
 
-POINTS = 5
-
-
-def values(expr):
-    """An expression's complex values to 50 digits at POINTS points (one, if it has no variables); None where undefined."""
+def samples(*expressions):
+    """
+    Yields the complex values of expressions, to 50 digits, where all have one: at five points if there are variables (the
+    same point for the same names in every call, one of them negative), else once.
+    """
     import random
     import sympy
-    names = {str(s): s for s in expr.free_symbols}
-    found = []
-    for trial in range(POINTS if names else 1):
+    names = {str(symbol) for expr in expressions for symbol in expr.free_symbols}
+    for trial in range(5 if names else 1):
         at = {}
-        for name, symbol in names.items():  # the same name has the same value in every expression
+        for name in names:
             rng = random.Random(f"{name} {trial}")
-            at[symbol] = sympy.Rational(rng.randint(11, 97), rng.choice((7, 13, 19, 23))) * (-1 if trial % 3 == 2 else 1)
-        value = expr.subs(at).evalf(50)
-        found.append(value if value.is_number and value.is_finite else None)
-    return found
+            at[name] = sympy.Rational(rng.randint(11, 97), rng.choice((7, 13, 19, 23))) * (-1 if trial == 2 else 1)
+        found = [expr.subs({s: at[str(s)] for s in expr.free_symbols}).evalf(50) for expr in expressions]
+        if all(value.is_number and value.is_finite for value in found):
+            yield found
 
 
 def agree(a, b):
     """Whether two numbers of 50 digits are the same number."""
     size = max(abs(a), abs(b))
-    return bool(size < 1e-40 or abs(a - b) <= 1e-40 * size)
+    return bool(size < 1e-100 or abs(a - b) <= 1e-40 * size)
 
 
 def same_value(gold, answer):
@@ -617,34 +621,28 @@ def same_value(gold, answer):
         return True
     g, a = number(gold), number(answer)
     if g and a:
-        if g[0] == a[0]:
-            return True
-        for decimal, exact in ((g, a), (a, g)):
-            if decimal[1] >= 6 and not terminates(exact[0]) and exact[0]:
-                return abs(decimal[0] / exact[0] - 1) < Fraction(10) ** (1 - decimal[1])
-        return False
+        return g[0] == a[0] or any(unit and not terminates(exact) and abs(decimal - exact) <= unit / 2
+                                   for (decimal, unit), (exact, _) in ((g, a), (a, g)))
     if r"\infty" in gold + answer:
         return gold.replace(" ", "") == answer.replace(" ", "")
     e, f = expression(gold), expression(answer)
-    pairs = [(x, y) for x, y in zip_longest(values(e), values(f)) if x is not None and y is not None]
-    if not pairs:
+    if bool(e.free_symbols) != bool(f.free_symbols):
         return False
-    if e.free_symbols or f.free_symbols:
-        if not e.free_symbols or not f.free_symbols:
+    unit = (g or a or (0, 0))[1]
+    points = 0
+    for x, y in samples(e, f):
+        points += 1
+        if not agree(x, y) and not (unit and abs(x - y) <= unit.numerator / (2 * unit.denominator)):
             return False
-        return len(pairs) > 1 and all(agree(x, y) for x, y in pairs)
-    (x, y), = pairs
-    digits = (a or g or (0, 0))[1]
-    return agree(x, y) or (digits >= 6 and bool(abs(x - y) <= abs(x) * 10.0 ** (1 - digits)))
+    return points > bool(e.free_symbols)
 
 
 def same_equation(gold, answer):
     """Whether two equations say the same: left minus right of one is a constant times that of the other."""
-    (a, b), (c, d) = gold, answer
-    e, f = expression(a) - expression(b), expression(c) - expression(d)
+    e, f = (expression(left) - expression(right) for left, right in (gold, answer))
     if not e.free_symbols or {str(s) for s in e.free_symbols} != {str(s) for s in f.free_symbols}:
         return False
-    pairs = [(x, y) for x, y in zip(values(e), values(f)) if x is not None and y is not None and x and y]
+    pairs = [(x, y) for x, y in samples(e, f) if x and y]
     return len(pairs) > 1 and all(agree(x * pairs[0][1], y * pairs[0][0]) for x, y in pairs[1:])
 
 
@@ -703,8 +701,6 @@ def same(gold, answer):
     if gold == answer:
         return True
     if gold.kind == "relation" or answer.kind == "relation":
-        if answer.kind == "list" and gold.kind in ("list", "tuple"):
-            pass
         return same_relation(gold, answer)
     kinds = {gold.kind, answer.kind}
     if kinds == {"list", "union"} or (kinds & {"union", "tuple"} and answer.kind == "list"):
@@ -748,9 +744,7 @@ def same_relation(gold, answer):
     """`same` where at least one side is an equation, an inequality or a ratio."""
     (name, gold_values), (other, answer_values) = assignment(gold), assignment(answer)
     if gold.kind != "relation":
-        if other and len(gold.parts) and gold.kind != "relation":  # 3 <- x = 3
-            return all(same(gold, value) for value in answer_values)
-        if answer_values:  # 3 <- 1 + 2 = 3
+        if answer_values:  # 3 <- x = 3, and 3 <- 1 + 2 = 3
             return all(same(gold, value) for value in answer_values)
         converted = as_set(answer)
         return converted.kind != "relation" and same(gold, converted)
@@ -762,8 +756,7 @@ def same_relation(gold, answer):
     if name and other and (name == other or not (len(gold.parts) == len(answer.parts) == 2)):
         return name == other and all(same(gold_values[-1], value) for value in answer_values)
     if gold.mark == answer.mark == "=":
-        if name and other and {name, other} <= set(map(str.strip, answer.parts)) | {name, other} and all(
-                v.kind == "value" and number(v.parts[0]) for v in (gold_values[-1], answer_values[-1])):
+        if name and other and all(v.kind == "value" and number(v.parts[0]) for v in (gold_values[-1], answer_values[-1])):
             return False  # x = 3 and y = 3
         return same_equation(gold.parts, answer.parts)
     (variable, g), (other, a) = interval(gold), interval(answer)
