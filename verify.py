@@ -341,9 +341,9 @@ class Part(NamedTuple):
         return "interval" if self.kind == "union" or "[" in self.mark or "]" in self.mark else self.kind
 
 
-UNICODE = dict(zip("−–×·÷π∞≤≥≠∪∩∈±°²³½¼¾，（）：θ√≈∅", (
+UNICODE = str.maketrans(dict(zip("−–×·÷π∞≤≥≠∪∩∈±°²³½¼¾，（）：θ√≈∅", (
     r"-|-|\times |\cdot |/|\pi |\infty |\le |\ge |\ne |\cup |\cap |\in |\pm |^\circ |^2|^3|\frac{1}{2}|\frac{1}{4}|"
-    r"\frac{3}{4}|,|(|)|:|\theta |\sqrt |\approx |\{\}").split("|")))
+    r"\frac{3}{4}|,|(|)|:|\theta |\sqrt |\approx |\{\}").split("|"))))
 SPELLINGS = [(re.compile(a), b) for a, b in (
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|boldsymbol|bm)(?![A-Za-z])", ""),
     (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!|\\ |~)(?=\d{3}(?!\d))", ""),  # 10{,}000
@@ -352,9 +352,11 @@ SPELLINGS = [(re.compile(a), b) for a, b in (
     (r"\\(?:leq|leqslant)(?![a-z])", r"\\le"), (r"\\(?:geq|geqslant)(?![a-z])", r"\\ge"), (r"\\neq(?![a-z])", r"\\ne"),
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
     (r"\\(?:approx|simeq)(?![a-z])", r"="), (r"\\(?:varnothing|emptyset)(?![a-z])", r"\\{\\}"),
-    (r"\\(?:lor|vee|text\{or\})(?![a-z])", "⟦or⟧"), (r"\\(?:land|wedge)(?![a-z])", "⟦and⟧"),
+    (r"\\(?:lor|vee)(?![a-z])", "⟦or⟧"), (r"\\(?:land|wedge)(?![a-z])", "⟦and⟧"), (r"\\underline(?![a-z])", ""),
+    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
-    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"), (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
+    (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"(?<![\\A-Za-z])(?:infinity|infty|oo)(?![A-Za-z])", r"\\infty "), (r"\+\s*\\infty", r"\\infty "),
     (r"\*\*", "^"), (r"\*", r"\\cdot "),
     (r"\\\$|(?<!\\)\$(?=\s*[-\d.])|US\$", "⟦dollar⟧"), ("€|\\\\euro(?![a-z])", "⟦euro⟧"), ("£|\\\\pounds(?![a-z])", "⟦pound⟧"),
@@ -362,7 +364,7 @@ SPELLINGS = [(re.compile(a), b) for a, b in (
     (r"(?<=\d)_\s*\{?\s*(\d+)\s*\}?", r"⟦base \1⟧"),
 )]
 TEXT = re.compile(r"\\(text\w*|math\w+|mbox|hbox|operatorname)\*?\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-WORD = re.compile(r"(?<![\\A-Za-z⟦])(?<!\\begin\{)(?<!\\end\{)[A-Za-z]{2,}(?![^⟦]*⟧)")
+WORD = re.compile(r"(?<![\\A-Za-z⟦])(?<!\\begin\{)(?<!\\end\{)[A-Za-z]{2,}(?![^⟦]*⟧)")  # two letters or more, not marked yet
 FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp max min gcd lcm det".split())
 LETTER_PRODUCT = re.compile(r"(?=..)(?:a?b?c?d?|k?l?m?n?|p?q?r?s?t?|u?v?w?x?y?z?|[ab]i|d[xy]|[abc][xyz])")
 UNITS = {name: names.split()[0] for names in (
@@ -373,15 +375,14 @@ UNITS = {name: names.split()[0] for names in (
 RELATION = r"=|<|>|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|\\in(?![a-z])|:"
 # what may stand on the left of `x = 3`: a letter, f(x), x_1, |AB|, \angle ABC, words, a tuple of letters
 NAME = re.compile(
-    r"\|?(?:\\(?:angle|overline|vec|triangle|measuredangle)\s*)*\{?\s*(?:[A-Za-z]|⟦[^⟧]*⟧|\\(?:alpha|beta|gamma|delta|epsilon|"
-    r"theta|lambda|mu|rho|sigma|tau|phi|varphi|omega|Delta|Omega))\s*\}?(?:_\{?\w+\}?|')*(?:\^\{-1\})?(?:\([^()]{1,12}\))?\|?"
+    r"\|?(?:\\(?:angle|overline|vec|triangle|measuredangle)\s*)*\{?\s*(?:[A-Za-z]|⟦[^⟧]*⟧(?:\s*⟦[^⟧]*⟧)*|\\(?:alpha|beta|gamma|delta|epsilon|"
+    r"theta|lambda|mu|rho|sigma|tau|phi|varphi|omega|Delta|Omega))\s*\}?(?:_\{?\\?\w+\s*\}?|')*(?:\^\{-1\})?(?:\([^()]{1,12}\))?\|?"
     r"|\(\s*[A-Za-z](?:_\{?\w\}?)?(?:\s*,\s*[A-Za-z](?:_\{?\w\}?)?)+\s*\)")
 
 
 def tidy(answer):
     """One spelling of an answer's LaTeX; words, units, currency and percent stand in ⟦⟧."""
-    for a, b in UNICODE.items():
-        answer = answer.replace(a, b)
+    answer = answer.translate(UNICODE)
     answer = re.sub(r"\\[\(\)\[\]]", "", answer)  # \( \) \[ \]
     if answer.replace(r"\$", "").count("$") >= 2:
         answer = re.sub(r"(?<!\\)\$", "", answer)
@@ -391,22 +392,14 @@ def tidy(answer):
         answer = TEXT.sub(lambda m: words(m[2], m[1]), answer)
     answer = re.sub(r"_\s*\{?\s*⟦(\w+)⟧\s*\}?", r"_{\1}", answer)  # x_{\text{max}}
     answer = WORD.sub(bare_word, answer)
-    answer = re.sub(r"⟧[ -]*(?<!-)⟦(?=(?!base|degree|percent|and⟧|or⟧)[a-z'A-Z])(?<!and⟧⟦)(?<!or⟧⟦)", " ", answer)
     return re.sub(r"\s+", " ", answer).strip().rstrip(".").strip()
 
 
 def words(text, command):
-    """What stands in \\text{} and the like: words are marked as such, mathematics in it is not."""
-    text = text.replace("⟦", "").replace("⟧", "")
+    """What stands in \\text{} and the like, each word in it marked."""
     if re.fullmatch(r"\s*[A-Za-z]\s*" if command not in ("mathrm", "text") else "[dei]", text):
         return text  # \mathbf{v}, \mathrm{d}x
-    if re.search(r"[A-Za-z]", text):
-        return re.sub(r"[A-Za-z][A-Za-z']*(?:[ -]+[A-Za-z][A-Za-z']*)*", lambda m: split_and_or(m[0]), text)
-    return text
-
-
-def split_and_or(text):
-    return "".join(f"⟦{w.strip()}⟧" for w in re.split(r"\b(and|or)\b", text) if w.strip())
+    return re.sub(r"(?<!⟦)\b[A-Za-z][A-Za-z']*(?![^⟦]*⟧)", r"⟦\g<0>⟧", text)
 
 
 def bare_word(match):
@@ -439,7 +432,7 @@ def split(text, pattern):
 def read(text):
     """The Part tree of a tidied answer. Raises ValueError where there is none."""
     text = text.strip().rstrip(".;,").strip()
-    while text.startswith("{") and text.endswith("}") and len(split(text[1:-1] + ",", ",")[0]) > 1 and balanced(text[1:-1]):
+    while text.startswith("{") and text.endswith("}") and balanced(text[1:-1]):
         text = text[1:-1].strip()
     plain = text.replace("⟦", "").replace("⟧", "").strip()
     if not plain:
@@ -498,22 +491,20 @@ def read_value(text):
         return Part("value", ((m[1] + m[3]).strip(),), unit(m[2] + m[4]))
     if re.search(r"[\\^=]", text):
         raise ValueError(f"neither mathematics nor text: {text[:40]}")
-    if not m or m[3].strip():
-        plain = re.sub(r"\s+", " ", text.replace("⟦", " ").replace("⟧", " ")).strip()
-    else:
-        plain = m[4].replace("⟦", " ").replace("⟧", " ")
-    plain = re.sub(r"[^\w+-]+", " ", plain).strip().lower()
+    plain = re.sub(r"[^\w+-]+", " ", text).strip().lower()
     return Part("text", (re.sub(r"^(?:the|a|an) ", "", plain),))
 
 
 def unit(text):
     """Words of a unit in one spelling: 'square centimeters' -> 'cm^2'."""
     text = re.sub(r"[⟦⟧{}]|\\cdot|\bof\b|\bthe\b|\bper\b", " ", text).lower().replace("/", " ")
-    text = re.sub(r"\b(?:square|sq) (\w+)", r"\1^2", re.sub(r"\bcubic (\w+)", r"\1^3", text))
+    text = re.sub(r"\b(?:square|sq)\s+(\w+)", r"\1^2", re.sub(r"\bcubic\s+(\w+)", r"\1^3", text))
     text = re.sub(r"\s*\^\s*", "^", text)
-    parts = [re.match(r"(\w*)(.*)", w).groups() for w in text.split()]
-    return " ".join(sorted(UNITS.get(w, UNITS.get(w[:-1], w[:-1]) if w.endswith("s") and len(w) > 1 else w) + power
-                           for w, power in parts) )
+    found = []
+    for word, power in (re.match(r"(\w*)(.*)", w).groups() for w in text.split()):
+        single = word[:-1] if word.endswith("s") and len(word) > 1 else word
+        found.append(UNITS.get(word, UNITS.get(single, single)) + power)
+    return " ".join(sorted(found))
 
 
 def number(text):
@@ -646,25 +637,25 @@ def same_equation(gold, answer):
     return len(pairs) > 1 and all(agree(x * pairs[0][1], y * pairs[0][0]) for x, y in pairs[1:])
 
 
-def interval(relation):
-    """(name, Part) of `x > 3` or `1 < x \\le 2` as an interval, or (None, None)."""
+def upwards(relation):
+    """(sides, operators) of a relation, turned round if it is written with > and \\ge."""
     sides, operators = list(relation.parts), relation.mark.split()
     if set(operators) <= {">", r"\ge"}:
-        sides, operators = sides[::-1], [{">": "<", r"\ge": r"\le"}[op] for op in operators[::-1]]
-    if not set(operators) <= {"<", r"\le"} or len(sides) > 3:
+        return sides[::-1], [{">": "<", r"\ge": r"\le"}[op] for op in operators[::-1]]
+    return sides, operators
+
+
+def interval(relation):
+    """(name, Part) of `x > 3` or `1 < x \\le 2` as an interval, or (None, None)."""
+    sides, operators = upwards(relation)
+    if len(sides) == 2 and NAME.fullmatch(sides[0]):
+        sides, operators = [r"-\infty", *sides], ["<", *operators]
+    elif len(sides) == 2:
+        sides, operators = [*sides, r"\infty"], [*operators, "<"]
+    if len(sides) != 3 or not set(operators) <= {"<", r"\le"} or not NAME.fullmatch(sides[1]):
         return None, None
-    low, high = read(r"-\infty"), read(r"\infty")
-    left, right = "(", ")"
-    if len(sides) == 3 and NAME.fullmatch(sides[1]):
-        low, name, high = read(sides[0]), sides[1], read(sides[2])
-        left, right = "[" if operators[0] == r"\le" else "(", "]" if operators[1] == r"\le" else ")"
-    elif len(sides) == 2 and NAME.fullmatch(sides[0]):
-        name, high, right = sides[0], read(sides[1]), "]" if operators[0] == r"\le" else ")"
-    elif len(sides) == 2 and NAME.fullmatch(sides[1]):
-        low, name, left = read(sides[0]), sides[1], "[" if operators[0] == r"\le" else "("
-    else:
-        return None, None
-    return name.replace(" ", ""), Part("tuple", (low, high), left + right)
+    brackets = ("[" if operators[0] == r"\le" else "(") + ("]" if operators[1] == r"\le" else ")")
+    return sides[1].replace(" ", ""), Part("tuple", (read(sides[0]), read(sides[2])), brackets)
 
 
 def as_set(part):
@@ -683,6 +674,18 @@ def assignment(part):
     if NAME.fullmatch(part.parts[0]) and part.parts[0] not in ("e", "i"):
         return part.parts[0].replace(" ", ""), list(map(read, part.parts[1:]))
     return None, list(map(read, part.parts))
+
+
+def named_values(part):
+    """[2, 3] of `x = 2, y = 3`, a list of assignments to different names; else None."""
+    pairs = [assignment(p) for p in part.parts] if part.kind == "list" else []
+    names = {name for name, _ in pairs}
+    return [values[-1] for _, values in pairs] if pairs and None not in names and len(names) == len(pairs) else None
+
+
+def one_by_one(gold, answer):
+    """Whether parts are right answers to gold parts in this order."""
+    return len(gold) == len(answer) and all(map(same, gold, answer))
 
 
 def pair_up(gold, answer):
@@ -706,17 +709,13 @@ def same(gold, answer):
     if kinds == {"list", "union"} or (kinds & {"union", "tuple"} and answer.kind == "list"):
         gold, answer = as_set(gold), as_set(answer)
         kinds = {gold.kind, answer.kind}
-    named = [[assignment(p) for p in part.parts] if part.kind == "list" else [(None, [])] for part in (gold, answer)]
-    names = [[name for name, _ in pairs] for pairs in named]
-    for mine, theirs, flip in ((0, answer, False), (1, gold, True)):  # x = 2, y = 3 against 2, 3 or (2, 3): order counts
-        if None not in names[mine] and len(set(names[mine])) == len(names[mine]) > 1 and theirs.kind in ("list", "tuple") \
-                and (theirs.kind == "tuple" and theirs.mark == "()" or names[1 - mine] == [None] * len(names[mine])):
-            inner = [pairs[1][-1] for pairs in named[mine]]
-            return len(inner) == len(theirs.parts) and all(
-                same(b, a) if flip else same(a, b) for a, b in zip(inner, theirs.parts))
+    for named, plain in ((gold, answer), (answer, gold)):  # x = 2, y = 3 against 2, 3 or (2, 3): order counts
+        values = named_values(named)
+        if values and plain.kind in ("list", "tuple") and plain.mark in ("", "()") and "relation" not in {p.kind for p in plain.parts}:
+            return one_by_one(values, plain.parts) if named is gold else one_by_one(plain.parts, values)
+    if kinds == {"list"} or kinds == {"union"}:
+        return pair_up(gold.parts, answer.parts)
     if kinds <= {"list", "set"}:
-        if "set" not in kinds:
-            return len(gold.parts) == len(answer.parts) and pair_up(gold.parts, answer.parts)
         return (all(any(same(g, a) for a in answer.parts) for g in gold.parts)
                 and all(any(same(g, a) for g in gold.parts) for a in answer.parts))
     if gold.kind == "choice":  # the letter alone, in either case
@@ -727,17 +726,10 @@ def same(gold, answer):
         return same_quantity(gold, answer)
     if gold.kind == "text":
         return gold.parts == answer.parts
-    if gold.kind == "union":
-        return pair_up(gold.parts, answer.parts)
-    return (gold.mark == answer.mark and len(gold.parts) == len(answer.parts)
-            and all(same_cell(g, a) for g, a in zip(gold.parts, answer.parts)))
-
-
-def same_cell(gold, answer):
-    """As `same`, but the cells of a matrix's row stand in order."""
-    if gold.kind == answer.kind == "list":
-        return len(gold.parts) == len(answer.parts) and all(map(same, gold.parts, answer.parts))
-    return same(gold, answer)
+    if gold.kind == "matrix":  # its rows are lists, in which order counts
+        return gold.mark == answer.mark and len(gold.parts) == len(answer.parts) and all(
+            one_by_one(g.parts, a.parts) for g, a in zip(gold.parts, answer.parts))
+    return gold.mark == answer.mark and one_by_one(gold.parts, answer.parts)
 
 
 def same_relation(gold, answer):
@@ -762,12 +754,8 @@ def same_relation(gold, answer):
     (variable, g), (other, a) = interval(gold), interval(answer)
     if g and a:
         return variable == other and same(g, a)
-    flip = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
-    for parts, mark in ((answer.parts, answer.mark),
-                        (answer.parts[::-1], " ".join(flip.get(op, op) for op in answer.mark.split()[::-1]))):
-        if mark == gold.mark and len(parts) == len(gold.parts) and all(same(read(g), read(a)) for g, a in zip(gold.parts, parts)):
-            return ":" not in mark or parts == answer.parts
-    return False
+    (gold_sides, gold_operators), (sides, operators) = upwards(gold), upwards(answer)
+    return gold_operators == operators and one_by_one(list(map(read, gold_sides)), list(map(read, sides)))
 
 
 def same_quantity(gold, answer):
@@ -781,8 +769,10 @@ def same_quantity(gold, answer):
     if "percent" in a_unit and "percent" not in g_unit:
         plain = number(g)
         return (plain is not None and plain[0] > 1 and same_value(g, a)) or same_value(g, f"\\frac{{{a}}}{{100}}")
-    if g_unit and a_unit and not (set(g_unit) <= set(a_unit) or set(a_unit) <= set(g_unit)):
-        return False
+    if g_unit and a_unit:  # words beside the measures may be left out: 5 red apples
+        measures = [{u for u in units if u.partition("^")[0] in UNITS} for units in (g_unit, a_unit)]
+        if measures[0] != measures[1] or not (set(g_unit) <= set(a_unit) or set(a_unit) <= set(g_unit)):
+            return False
     return same_value(g, a)
 
 

@@ -177,7 +177,7 @@ def test_hard_answers_are_wrong_within_the_limit_and_the_pool_goes_on(gold):
         took = time.time() - started
         assert {name: v for name, v in verdicts.items() if v.correct} == {}
         assert {v.reason for v in verdicts.values()} <= {"wrong", "timeout", "crash", "no answer"}
-        assert verdicts["tower"].reason in ("timeout", "crash") and verdicts["100 kB"].reason == "wrong"
+        assert verdicts["100 kB"].reason == "wrong" and (gold != "5" or verdicts["tower"].reason in ("timeout", "crash"))
         killed = sum(v.reason in ("timeout", "crash") for v in verdicts.values())
         assert took < killed * 4.0 + 10  # a limit and the start of a new worker each, on two workers
         assert judge([math("5")], ["\\boxed{5}"]) == [verify.Verdict(True, "right")]
@@ -321,7 +321,7 @@ def test_start_up_of_the_pool():
 
 def test_counts_of_the_labelled_set():
     """The README names these numbers."""
-    assert len(labelled()) == 757 and Counter(r[3] for r in labelled())[True] == 350
+    assert len(labelled()) == 959 and Counter(r[3] for r in labelled())[True] == 479
 
 
 if __name__ == "__main__":
