@@ -1052,8 +1052,9 @@ def check_sandbox():
     except RuntimeError:
         works = False
     if not works:
-        fail("--mode code: bubblewrap is installed but cannot make a sandbox here; allow unprivileged user namespaces (in a "
-             f"container also: --security-opt seccomp=unconfined --security-opt systempaths=unconfined){refuse}")
+        fail("--mode code: bubblewrap is installed but makes no sandbox here; it must be 0.8 or newer and may need user "
+             "namespaces allowed (sysctl kernel.apparmor_restrict_unprivileged_userns=0; for a container docker run "
+             f"--security-opt seccomp=unconfined --security-opt systempaths=unconfined){refuse}")
 
 
 def judge_program(language, source, tests, seconds, memory, sandbox):

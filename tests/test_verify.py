@@ -190,7 +190,7 @@ def test_hard_gold_answers_are_dropped():
 
 def test_a_worker_out_of_memory_is_a_crash():
     with verify.Judge(workers=1, limit=30.0, memory=0.5) as judge:
-        assert judge([math("5")], ["\\boxed{2^{9000000000000}}"])[0] in (verify.Verdict(False, "crash"), verify.Verdict(False, "wrong"))
+        assert judge([math("5")], ["\\boxed{\\gcd(2^{2^{33}}, 3)}"]) == [verify.Verdict(False, "crash")]
         assert judge([math("5")], ["\\boxed{5}"])[0].correct
 
 
@@ -321,7 +321,7 @@ def test_start_up_of_the_pool():
 
 def test_counts_of_the_labelled_set():
     """The README names these numbers."""
-    assert len(labelled()) == 959 and Counter(r[3] for r in labelled())[True] == 479
+    assert len(labelled()) == 956 and Counter(r[3] for r in labelled())[True] == 477
 
 
 if __name__ == "__main__":
