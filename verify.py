@@ -72,8 +72,8 @@ def launch():
 
 INSTRUCTION = {
     "math": "Please reason step by step, and put your final answer within \\boxed{}.",
-    "code": "Please reason step by step, and put your final program, in Python or C++, in one fenced code block that names its "
-            "language.",
+    "code": "Please reason step by step, and put your final program, in Python or C++, in one fenced code block that names "
+            "its language.",
 }
 PROBLEM_FIELDS = ("problem", "question", "prompt")
 ANSWER_FIELDS = ("answer", "final_answer", "solution", "output")
@@ -359,7 +359,8 @@ SPELLINGS = [(re.compile(a), b) for a, b in (
     (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"(?<![\\A-Za-z])(?:infinity|infty|oo)(?![A-Za-z])", r"\\infty "), (r"\+\s*\\infty", r"\\infty "),
     (r"\*\*", "^"), (r"\*", r"\\cdot "),
-    (r"\\\$|(?<!\\)\$(?=\s*[-\d.])|US\$", "⟦dollar⟧"), ("€|\\\\euro(?![a-z])", "⟦euro⟧"), ("£|\\\\pounds(?![a-z])", "⟦pound⟧"),
+    (r"\\\$|(?<!\\)\$(?=\s*[-\d.])|US\$", "⟦dollar⟧"),
+    (r"€|\\euro(?![a-z])", "⟦euro⟧"), (r"£|\\pounds(?![a-z])", "⟦pound⟧"),
     (r"\\?%|\\percent(?![a-z])", "⟦percent⟧"), (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![a-z])", "⟦degree⟧"),
     (r"(?<=\d)_\s*\{?\s*(\d+)\s*\}?", r"⟦base \1⟧"),
 )]
@@ -369,14 +370,15 @@ FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log
 LETTER_PRODUCT = re.compile(r"(?=..)(?:a?b?c?d?|k?l?m?n?|p?q?r?s?t?|u?v?w?x?y?z?|[ab]i|d[xy]|[abc][xyz])")
 UNITS = {name: names.split()[0] for names in (
     "cm centimeter centimetre|mm millimeter millimetre|m meter metre|km kilometer kilometre|g gram|kg kilogram|mg milligram|"
-    "s sec second|min minute|h hr hour|day|ft foot feet|in inch inches|mi mile|yd yard|l liter litre|ml milliliter millilitre|"
-    "dollar usd buck|euro eur|pound gbp lb|cent|degree deg|percent pct percentage|rad radian|unit|mph"
+    "s sec second|min minute|h hr hour|day|ft foot feet|in inch inches|mi mile|yd yard|l liter litre|"
+    "ml milliliter millilitre|dollar usd buck|euro eur|pound gbp lb|cent|degree deg|percent pct percentage|rad radian|unit|mph"
     ).split("|") for name in names.split()}
 RELATION = r"=|<|>|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|\\in(?![a-z])|:"
 # what may stand on the left of `x = 3`: a letter, f(x), x_1, |AB|, \angle ABC, words, a tuple of letters
 NAME = re.compile(
-    r"\|?(?:\\(?:angle|overline|vec|triangle|measuredangle)\s*)*\{?\s*(?:[A-Za-z]|⟦[^⟧]*⟧(?:\s*⟦[^⟧]*⟧)*|\\(?:alpha|beta|gamma|delta|epsilon|"
-    r"theta|lambda|mu|rho|sigma|tau|phi|varphi|omega|Delta|Omega))\s*\}?(?:_\{?\\?\w+\s*\}?|')*(?:\^\{-1\})?(?:\([^()]{1,12}\))?\|?"
+    r"\|?(?:\\(?:angle|overline|vec|triangle|measuredangle)\s*)*\{?\s*(?:[A-Za-z]|⟦[^⟧]*⟧(?:\s*⟦[^⟧]*⟧)*|\\(?:alpha|beta|gamma|"
+    r"delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|varphi|omega|Delta|Omega))\s*\}?(?:_\{?\\?\w+\s*\}?|')*(?:\^\{-1\})?"
+    r"(?:\([^()]{1,12}\))?\|?"
     r"|\(\s*[A-Za-z](?:_\{?\w\}?)?(?:\s*,\s*[A-Za-z](?:_\{?\w\}?)?)+\s*\)")
 
 
@@ -486,7 +488,8 @@ def read_value(text):
         return Part("value", (text,))
     if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
         text = re.sub(r"(\d+(?:\.\d+)?)\s*⟦degree⟧", r"(\1\\pi/180)", text)
-    m = re.fullmatch(r"(-?)\s*((?:⟦(?:dollar|euro|pound)⟧)?)([^⟦⟧]*?)((?:[\s/]*\{?⟦[^⟧]*⟧\}?(?:\s*\^\s*\{?-?\d\}?)?|\s*\\cdot)*)", text)
+    m = re.fullmatch(r"(-?)\s*((?:⟦(?:dollar|euro|pound)⟧)?)([^⟦⟧]*?)"
+                     r"((?:[\s/]*\{?⟦[^⟧]*⟧\}?(?:\s*\^\s*\{?-?\d\}?)?|\s*\\cdot)*)", text)
     if m and re.search(r"\d|\\pi|\\sqrt", m[3]):
         return Part("value", ((m[1] + m[3]).strip(),), unit(m[2] + m[4]))
     if re.search(r"[\\^=]", text):
@@ -711,7 +714,8 @@ def same(gold, answer):
         kinds = {gold.kind, answer.kind}
     for named, plain in ((gold, answer), (answer, gold)):  # x = 2, y = 3 against 2, 3 or (2, 3): order counts
         values = named_values(named)
-        if values and plain.kind in ("list", "tuple") and plain.mark in ("", "()") and "relation" not in {p.kind for p in plain.parts}:
+        if values and plain.kind in ("list", "tuple") and plain.mark in ("", "()") \
+                and "relation" not in {p.kind for p in plain.parts}:
             return one_by_one(values, plain.parts) if named is gold else one_by_one(plain.parts, values)
     if kinds == {"list"} or kinds == {"union"}:
         return pair_up(gold.parts, answer.parts)
@@ -828,21 +832,23 @@ class Language(NamedTuple):
 
 
 # Java: the file is named after its public class; the jar starts at the class that has a main.
-JAVA = (r"n=$(sed -nE 's/.*public +(final +)?class +(\w+).*/\2/p' Main.java | head -1); mkdir c s; mv Main.java s/${n:-Main}.java; "
-        r"javac -J-Xmx512m -d c s/*.java && cd c && jar cfe ../program $(grep -lF '([Ljava/lang/String;)V' *.class | "
+JAVA = (r"n=$(sed -nE 's/.*public +(final +)?class +(\w+).*/\2/p' Main.java | head -1); mkdir c s; "
+        r"mv Main.java s/${n:-Main}.java; javac -J-Xmx512m -d c s/*.java && cd c && jar cfe ../program $(grep -lF '([Ljava/lang/String;)V' *.class | "
         r"head -1 | sed s/.class//) . && cd ..")
 LANGUAGES = (
     Language(("python", "python3", "py"), "python3", "main.py", "", "python3 -I main.py"),
     Language(("cpp", "c++", "cc", "cxx"), "g++", "main.cpp", "g++ -O2 -std=c++17 -o program main.cpp", "./program"),
     Language(("c",), "gcc", "main.c", "gcc -O2 -std=c17 -o program main.c -lm", "./program"),
     Language(("rust", "rs"), "rustc", "main.rs", "rustc -O --edition 2021 -o program main.rs", "./program"),
-    Language(("go", "golang"), "go", "main.go", "GOCACHE=/tmp/go HOME=/tmp go build -o program main.go", "./program", False, 64),
+    Language(("go", "golang"), "go", "main.go", "GOCACHE=/tmp/go HOME=/tmp go build -o program main.go", "./program", False,
+             64),
     Language(("java",), "javac", "Main.java", JAVA,
              "java -Xmx{mb}m -Xss64m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -jar program", False, 64),
 )
 SANDBOX_PATH = "/usr/local/go/bin:/usr/local/bin:/usr/bin"
 OUTPUT_BYTES, FILE_BYTES, TMPFS_BYTES = 64 << 20, 64 << 20, 128 << 20
 COMPILE_SECONDS = 20.0
+ALL_TESTS = 20  # all tests of a program together may take so many times the limit of one
 # Calls entry_point on one test's arguments. Its result goes out by a descriptor of its own; what is printed does not.
 DRIVER = """import json, os, sys
 out = os.fdopen(os.dup(1), "w")
@@ -913,7 +919,8 @@ def sandbox_command(shell, names, fds, info, seccomp):
     command = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session",
                "--as-pid-1",  # when the shell ends, as process 1, the kernel ends every process that is left
                "--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--cap-drop", "ALL", "--clearenv",
-               "--setenv", "PATH", SANDBOX_PATH, "--setenv", "LANG", "C.UTF-8", "--info-fd", str(info), "--seccomp", str(seccomp),
+               "--setenv", "PATH", SANDBOX_PATH, "--setenv", "LANG", "C.UTF-8", "--info-fd", str(info),
+               "--seccomp", str(seccomp),
                "--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin", "--proc", "/proc",
                "--dev", "/dev", "--remount-ro", "/dev"]
     for name in ("lib", "lib32", "lib64", "libx32"):
@@ -938,7 +945,7 @@ def run_program(shell, files, stdin=b"", seconds=5.0, memory=1.0, processes=16, 
     """
     limits = f"prlimit --core=0 --nofile=256 --fsize={FILE_BYTES} --cpu={math.ceil(seconds) + 1}"
     if address_space:
-        limits += f" --as={int(memory * 2**30)} --stack={int(memory * 2**29)}"
+        limits += f" --as={int(memory * 2**30)} --stack={int(memory * 2**28)}"
     if sandbox:
         limits += f" --nproc={processes}"
     shell = f"{limits} sh -c {shlex.quote(shell)}; exit $?"
@@ -1058,9 +1065,10 @@ def check_sandbox():
 
 
 def judge_program(language, source, tests, seconds, memory, sandbox):
-    """'1', '0' or 'late' of a program on its tests, one sandbox for each; the first that fails decides."""
+    """'1', '0' or 'late' (too slow) of a program on its tests, one sandbox for each; the first that fails decides."""
     language = Language(*language)
-    files, how = {language.file: source.encode()}, {"memory": memory, "sandbox": sandbox, "address_space": language.address_space}
+    files = {language.file: source.encode("utf-8", "replace")}
+    how = {"memory": memory, "sandbox": sandbox, "address_space": language.address_space}
     if language.compile:
         result = run_program(f"{{ {language.compile}; }} >/dev/null && cat program", files, seconds=COMPILE_SECONDS,
                              processes=max(32, language.processes), **how)
@@ -1072,8 +1080,12 @@ def judge_program(language, source, tests, seconds, memory, sandbox):
         if language.file != "main.py":
             return "0"
         shell, files = "python3 -I driver.py", {**files, "driver.py": DRIVER.encode()}
+    seconds = tests["seconds"] or seconds
+    deadline = time.monotonic() + ALL_TESTS * seconds
     for given, expected in tests["cases"]:
-        result = run_program(shell, files, given.encode(), tests["seconds"] or seconds, processes=language.processes, **how)
+        if time.monotonic() > deadline:
+            return "late"
+        result = run_program(shell, files, given.encode("utf-8", "replace"), seconds, processes=language.processes, **how)
         if result.ended != "ok":
             return "late" if result.ended == "timeout" else "0"
         same_output = same_result if tests["entry_point"] else same_text
@@ -1147,7 +1159,8 @@ def code_tests(row):
     tolerance = row.get("tolerance") if isinstance(row.get("tolerance"), (int, float)) else None
     if tolerance is None and stated:
         tolerance = 10.0 ** -int(stated[1] or stated[2])
-    seconds = row.get("time_limit") if isinstance(row.get("time_limit"), (int, float)) and row["time_limit"] > 0 else None
+    stated = row.get("time_limit")
+    seconds = min(stated, 60.0) if isinstance(stated, (int, float)) and stated > 0 else None
     tests = {"cases": cases, "entry_point": entry, "seconds": seconds, "tolerance": tolerance}
     return (tests, None) if cases else (None, why)
 
@@ -1160,7 +1173,8 @@ def read_cases(value, entry):
         except json.JSONDecodeError:
             return read_asserts(value, entry) if entry else []
     if isinstance(value, dict):
-        inputs, outputs = (next(value[k] for k in keys if k in value) for keys in (("input", "inputs"), ("output", "outputs")))
+        inputs = value.get("input", value.get("inputs"))
+        outputs = value.get("output", value.get("outputs"))
         if len(inputs) != len(outputs) or isinstance(inputs, str):
             return []
         value = [{"input": i, "output": o} for i, o in zip(inputs, outputs)]
@@ -1216,7 +1230,7 @@ def read_asserts(text, entry):
 # ------------------------------------------------------------------------------------------------------- verdicts
 
 
-UNSAFE = ("MODEL-WRITTEN PROGRAMS RUN WITH ALL YOUR RIGHTS: THEY CAN READ, CHANGE AND DELETE YOUR FILES AND USE YOUR NETWORK")
+UNSAFE = "MODEL-WRITTEN PROGRAMS RUN WITH ALL YOUR RIGHTS: THEY CAN READ, CHANGE AND DELETE YOUR FILES AND USE YOUR NETWORK"
 
 
 class Verdict(NamedTuple):
@@ -1339,7 +1353,7 @@ class Judge:
 
     def verdict_code(self, problem, program):
         """The Verdict on a program (Language, source)."""
-        most = COMPILE_SECONDS + 10 + len(problem.tests["cases"]) * ((problem.tests["seconds"] or self.limit) + 1)
+        most = COMPILE_SECONDS + 10 + (ALL_TESTS + 1) * (problem.tests["seconds"] or self.limit)
         reply = self.ask("judge_program", [*program, problem.tests, self.limit, self.program_memory, self.sandbox], most)
         return Verdict(reply == "1", {"1": "right", "0": "wrong", "late": "timeout"}.get(reply, reply))
 

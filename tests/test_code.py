@@ -437,6 +437,15 @@ def test_expected_outputs_stay_outside(monkeypatch):
 
 
 @sandboxed
+def test_a_program_that_is_slow_on_every_test_cannot_hold_a_worker_for_long(monkeypatch):
+    monkeypatch.setattr(verify, "ALL_TESTS", 3)
+    tests = problem(*[("", "3\n")] * 100, seconds=0.5).tests
+    started = time.time()
+    assert verify.judge_program(PYTHON, "import time\ntime.sleep(0.3)\nprint(3)", tests, 1.0, 1.0, True) == "late"
+    assert time.time() - started < 4
+
+
+@sandboxed
 def test_the_pool_goes_on_after_attacks(judge):
     responses = [fenced("while True: pass"), fenced(ATTACKS["fork bomb"]), fenced("print(sum(map(int, input().split())))")]
     assert [v.reason for v in judge([ADD] * 3, responses)] == ["timeout", "timeout", "right"]
