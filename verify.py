@@ -490,8 +490,10 @@ def read_value(text):
         text = re.sub(r"(\d+(?:\.\d+)?)\s*⟦degree⟧", r"(\1\\pi/180)", text)
     m = re.fullmatch(r"(-?)\s*((?:⟦(?:dollar|euro|pound)⟧)?)([^⟦⟧]*?)"
                      r"((?:[\s/]*\{?⟦[^⟧]*⟧\}?(?:\s*\^\s*\{?-?\d\}?)?|\s*\\cdot)*)", text)
-    if m and re.search(r"\d|\\pi|\\sqrt", m[3]):
-        return Part("value", ((m[1] + m[3]).strip(),), unit(m[2] + m[4]))
+    if m and m[3].strip():  # after a number any words may stand, after x only measures
+        words_after = unit(m[2] + m[4])
+        if re.search(r"\d|\\pi|\\sqrt", m[3]) or all(w.partition("^")[0] in UNITS for w in words_after.split()):
+            return Part("value", ((m[1] + m[3]).strip(),), words_after)
     if re.search(r"[\\^=]", text):
         raise ValueError(f"neither mathematics nor text: {text[:40]}")
     plain = re.sub(r"[^\w+-]+", " ", text).strip().lower()
@@ -578,6 +580,8 @@ def expression(text):
         if not isinstance(parsed, sympy.Expr) or parsed.has(sympy.zoo, sympy.nan):
             raise ValueError(f"no expression: {text[:40]}")
         parsed = parsed.xreplace({f: sympy.Rational(str(f)) for f in parsed.atoms(sympy.Float)})
+        applied = parsed.atoms(sympy.core.function.AppliedUndef)  # f(x) of an unknown f is a variable as any other
+        parsed = parsed.xreplace({f: sympy.Symbol(str(f).replace(" ", "")) for f in applied})
         return parsed.xreplace({s: sympy.I for s in parsed.free_symbols if str(s) == "i"})
     except (MemoryError, KeyboardInterrupt):
         raise

@@ -6,6 +6,8 @@ judge on them with math-verify as it comes and with string match (the same numbe
 """
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 import threading
@@ -93,7 +95,7 @@ def test_the_table_shows_a_difference(judge):
     assert all(" 100.0% |" not in line for line in lines[3:])
 
 
-# ---------------------------------------------------------------------------------------- what broke for others (#33, ...)
+# ------------------------------------------------------------------------------------------------ what broke for others
 
 
 @pytest.mark.parametrize("gold, answer", [
@@ -133,6 +135,28 @@ def test_every_kept_gold_answer_is_right_to_itself(judge):
         verdicts = judge(problems, [f"so\n\\[ \\boxed{{ {p.answer} }} \\]\n" for p in problems])
         assert [(p.answer, v.reason) for p, v in zip(problems, verdicts) if not v.correct] == []
         assert sum(dropped.values()) <= 0.02 * (len(problems) + sum(dropped.values()))
+
+
+def test_real_gold_answers_with_one_thing_changed_are_wrong(judge):
+    """A digit, a sign or one of several answers of OlympiadBench and Minerva; and other problems' answers."""
+    golds = []
+    for path in (DATA / "olympiadbench.jsonl", DATA / "minerva_math.jsonl"):
+        if not path.exists():
+            pytest.skip(f"no {path}")
+        golds += [p.answer for p in verify.load_problems(str(path), judge, max_problems=200)[0]]
+    rng, pairs = random.Random(0), []
+    for gold in golds:
+        if digits := list(re.finditer(r"\d", gold)):
+            digit = rng.choice(digits)
+            other = rng.choice([d for d in "123456789" if d != digit[0]])
+            pairs.append((gold, gold[: digit.start()] + other + gold[digit.end():]))
+        pairs += [(gold, gold[: gold.rindex(",")])] if "," in gold else []
+        pairs += [(gold, gold.replace("+", "-", 1))] if "+" in gold else []
+        pairs += [(gold, other) for other in [rng.choice(golds)] if other.strip("$") != gold.strip("$")]
+    verdicts = judge([math(gold) for gold, _ in pairs], [boxed(answer) for _, answer in pairs])
+    same_number = [p for p, v in zip(pairs, verdicts) if v.correct and p[1] in golds]  # two problems may share an answer
+    assert [p for p, v in zip(pairs, verdicts) if v.correct and p not in same_number] == []
+    assert len(pairs) > 800 and len(same_number) < 0.02 * len(pairs)
 
 
 # ---------------------------------------------------------------------------------------------------------- the last box
