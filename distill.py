@@ -187,7 +187,8 @@ def parse_args():
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--engine", choices=("vllm", "hf"), help="default: vllm where it is installed")
     parser.add_argument("--vllm_memory", type=float, default=0.3, help="share of the GPU's memory for vLLM")
-    parser.add_argument("--judge_seconds", type=float, default=5.0, help="limit of one verdict")
+    parser.add_argument("--judge_seconds", type=float, default=5.0, help="limit of one verdict; for code, of one test")
+    parser.add_argument("--unsafe_no_sandbox", action="store_true", help=verify.UNSAFE)
     parser.add_argument("--max_sync_gap", type=float, default=0.1, help="stop where sampler and trainer differ by more, in "
                         "nats per token; healthy is 0.01-0.02 in bf16, stale weights give about 0.2")
     # validation and saving
@@ -215,7 +216,7 @@ def main():
     sft.resolve_defaults(args, ranks.device)
     if not sft.open_out(args):
         return dist.destroy_process_group()
-    judge = verify.Judge(limit=args.judge_seconds)
+    judge = verify.Judge(limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox)
     tokenizer = verify.load_tokenizer(args.model)
     family = verify.phrase_family(args.teacher, args.phrases)
     problems, dropped = verify.load_problems(args.data, judge, args.mode, args.range_)

@@ -335,7 +335,8 @@ def parse_args():
     parser.add_argument("--engine", choices=("vllm", "hf"), help="default: vllm where it is installed")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on cuda, float32 on cpu")
     parser.add_argument("--vllm_memory", type=float, default=0.85, help="share of the GPU's memory for vLLM")
-    parser.add_argument("--judge_seconds", type=float, default=5.0, help="limit of one verdict")
+    parser.add_argument("--judge_seconds", type=float, default=5.0, help="limit of one verdict; for code, of one test")
+    parser.add_argument("--unsafe_no_sandbox", action="store_true", help=verify.UNSAFE)
     parser.add_argument("--fresh", action="store_true", help="start over; an old --out is renamed, not deleted")
     args = parser.parse_args()
     if args.num_revisions is None:
@@ -358,7 +359,7 @@ def main():
         move_aside(args.out)
     os.makedirs(args.out, exist_ok=True)
     dist.barrier()
-    judge = verify.Judge(limit=args.judge_seconds)
+    judge = verify.Judge(limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox)
     problems, dropped = verify.load_problems(args.data, judge, args.mode, args.range_, args.max_problems)
     tokenizer = verify.load_tokenizer(args.model)
     family = verify.phrase_family(args.model, args.phrases)
@@ -422,7 +423,8 @@ def main():
         i, number, of = sample.request.key
         if of is None:
             ids = verify.revision_ids(tokenizer, prompts[i], sample.ids, verdict.correct, family)
-            row = {"id": problems[i].id, "problem": problems[i].problem, "answer": problems[i].answer, "sample": number,
+            row = {"id": problems[i].id, "problem": problems[i].problem, "answer": problems[i].answer,
+                   **({"mode": "code"} if args.mode == "code" else {}), "sample": number,
                    "y_init": text, "y_init_correct": verdict.correct, "y_init_verdict": verdict.reason,
                    "y_init_tokens": sample.ids, "truncated": sample.truncated,
                    "no_room": bool(args.num_revisions) and len(ids) >= sampler.max_len,
