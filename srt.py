@@ -264,7 +264,7 @@ def wilson(p, n, z=1.96):
     if n == 0:
         return None
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [round((centre - half) / (1 + z * z / n), 4), round((centre + half) / (1 + z * z / n), 4)]
+    return [round(abs(bound) / (1 + z * z / n), 4) for bound in (centre - half, centre + half)]
 
 
 def mean(values):
