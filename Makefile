@@ -47,10 +47,10 @@ demo: setup
 	$(PY) tests/toy.py --out $(TOY) --seed $(SEED)
 	@echo "== SRT: collect D_revision, then two-stage SFT"
 	$(PY) srt.py --model $(TOY)/base --data $(TOY)/train.jsonl --range 0:1024 --num_revisions 1 --target 0 --out $(OUT)/collect $(SAMPLE)
-	$(PY) sft.py --model $(TOY)/base --data $(OUT)/collect/d_revision.jsonl --out $(OUT)/srt --batch 32 --epochs 4 --lr 5e-4 --stage2_lr 3e-4 --stage2_size 300
+	$(PY) sft.py --model $(TOY)/base --data $(OUT)/collect/d_revision.jsonl --out $(OUT)/srt --batch 32 --epochs 6 --lr 5e-4 --stage2_lr 3e-4 --stage2_size 160
 	@echo "== RFT: the baseline, with as many generations"
 	$(PY) srt.py --model $(TOY)/base --data $(TOY)/train.jsonl --range 0:1024 --num_responses 2 --num_revisions 0 --target 0 --out $(OUT)/collect_rft $(SAMPLE)
-	$(PY) sft.py --model $(TOY)/base --objective rft --data $(OUT)/collect_rft/responses.jsonl --out $(OUT)/rft --batch 32 --epochs 4 --lr 5e-4
+	$(PY) sft.py --model $(TOY)/base --objective rft --data $(OUT)/collect_rft/responses.jsonl --out $(OUT)/rft --batch 32 --epochs 6 --lr 5e-4
 	@echo "== SD-Zero: on-policy self-distillation"
 	$(PY) distill.py --model $(OUT)/srt/final --data $(TOY)/train.jsonl --range 1024:6144 --out $(OUT)/sdzero --steps 40 --batch 128 --lr 1e-3 --warmup 5 --max_tokens 96 --engine hf
 	@echo "== evaluation on held-out problems"
