@@ -36,7 +36,7 @@ from verify import fail, natural, number, positive, share
 
 # flags that a run that goes on may change: none of them changes the objective or what a step is made of
 FREE = ("steps lr warmup weight_decay clip val_every save_every max_sync_gap micro_tokens dtype attn checkpointing compile "
-        "engine vllm_memory judge_seconds")
+        "engine vllm_memory judge_seconds unsafe_no_sandbox")
 
 
 class Row(NamedTuple):
@@ -190,7 +190,8 @@ def parse_args():
     parser.add_argument("--top_p", type=share, default=1.0)
     parser.add_argument("--engine", type=srt.engine_name, choices=("vllm", "hf"), help="default: vllm where it is installed")
     parser.add_argument("--vllm_memory", type=share, default=0.3, help="share of the GPU's memory for vLLM")
-    parser.add_argument("--judge_seconds", type=positive, default=5.0, help="limit of one verdict")
+    parser.add_argument("--judge_seconds", type=positive, default=5.0, help="limit of one verdict; for code, of one test")
+    parser.add_argument("--unsafe_no_sandbox", action="store_true", help=verify.UNSAFE)
     parser.add_argument("--max_sync_gap", type=positive, default=0.1, help="stop where sampler and trainer differ by more, in "
                         "nats per token; healthy is 0.01-0.02 in bf16, stale weights give about 0.2")
     # validation and saving
@@ -213,7 +214,7 @@ def main():
     if verify.load_tokenizer(args.teacher).get_vocab() != tokenizer.get_vocab():
         fail(f"--teacher {args.teacher} and --model {args.model} have different tokenizers: the KL needs one vocabulary")
     family = verify.phrase_family(args.teacher, args.phrases)
-    judge = verify.Judge(limit=args.judge_seconds)
+    judge = verify.Judge(limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox)
     problems, dropped = verify.load_problems(args.data, judge, args.mode, args.range_)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     val_problems = verify.load_problems(args.val, judge, args.mode)[0] if args.val else []

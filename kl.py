@@ -4,7 +4,7 @@ Exact KL over the whole vocabulary, in chunks of tokens, without ever holding a 
 A 4B model has 151,936 vocabulary entries: the fp32 logits of 8,192 tokens alone are 4.6 GiB, and autograd would keep
 several such tensors for the student and the teacher. Here the loss *and its gradient* are computed in one pass:
 
-  for each chunk of n tokens                                                     (n * V is about 2^26 numbers)
+  for each chunk of n tokens                                                     (n * V is about 2^27 numbers)
     1. s = h_student W_student^T,  t = h_teacher W_teacher^T    logits in fp32   [n, V]
     2. KL(s, t) and dKL/ds in closed form                       softmax algebra  [n], [n, V]
     3. dh = (dKL/ds) W_student,  dW += (dKL/ds)^T h_student     in fp32          [n, H], [V, H]
@@ -20,6 +20,7 @@ As a script it draws where the reviser disagrees with the student:
     python kl.py --student runs/srt/final --teacher runs/srt/final --responses runs/collect/responses.jsonl --out runs/kl
 """
 import argparse
+import functools
 import html
 import json
 import os
@@ -42,7 +43,11 @@ def divergence(s, t, kind):
     exactly 0 and a gradient of exactly 0. To try another divergence, add its lines here.
     """
     log_p, log_q = s.log_softmax(-1), t.log_softmax(-1)
-    p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
+    p, d = log_p.exp(), log_p - log_q
+    reverse = (p * d).sum(-1)
+    if kind == "reverse":
+        return reverse, p * (d - reverse[:, None])
+    q = log_q.exp()
     if kind == "forward":
         return -(q * d).sum(-1), p - q
     if kind == "jsd":  # log m - log p = f(-d), log m - log q = f(d), with f(x) = log((1 + e^x) / 2) = max(x, 0) + tail
@@ -50,9 +55,6 @@ def divergence(s, t, kind):
         p_to_m = -(tail + (-d).clamp(min=0))
         kl_pm = (p * p_to_m).sum(-1)
         return (kl_pm - (q * (tail + d.clamp(min=0))).sum(-1)) / 2, p * (p_to_m - kl_pm[:, None]) / 2
-    reverse = (p * d).sum(-1)
-    if kind == "reverse":
-        return reverse, p * (d - reverse[:, None])
     return (reverse - (q * d).sum(-1)) / 2, (p * (d - reverse[:, None]) + p - q) / 2  # mixed
 
 
@@ -63,6 +65,30 @@ def topk_divergence(s, t, kind, k):
     return value, torch.zeros_like(s).scatter_(1, index, grad)
 
 
+def target_logp(s, targets):
+    """log softmax(s)[target] of each row of logits s [n, V] -> [n]."""
+    return s.gather(1, targets[:, None])[:, 0] - s.logsumexp(-1)
+
+
+def kl_tile(s, t, weight, targets, kind, topk, dtype):
+    """Everything that is done to one tile of logits: (KL [n], weight * dKL/ds [n, V] in `dtype`, log p(target) [n])."""
+    value, d_s = topk_divergence(s, t, kind, topk) if topk else divergence(s, t, kind)
+    return value, (d_s * weight[:, None]).to(dtype), target_logp(s, targets)
+
+
+def ce_tile(s, weight, targets, dtype):
+    """The same for cross entropy: (-log p(target), weight * (p - onehot(target)), log p(target))."""
+    logp = target_logp(s, targets)
+    hit = torch.arange(s.shape[1], device=s.device) == targets[:, None]
+    return -logp, ((s.softmax(-1) - hit.float()) * weight[:, None]).to(dtype), logp
+
+
+@functools.cache
+def compiled(tile):
+    """torch.compile makes one pass of a tile's many; the vocabulary is a fixed size to it, the rows of a chunk are not."""
+    return torch.compile(tile)
+
+
 def matmul_fp32(a, b):
     """a @ b with an fp32 result. On CUDA the bf16 inputs go to the tensor cores as they are, which add up in fp32."""
     if a.is_cuda and a.dtype != torch.float32:
@@ -70,25 +96,31 @@ def matmul_fp32(a, b):
     return a.float() @ b.float()
 
 
+def add_matmul_fp32(total, a, b):
+    """total += a @ b for an fp32 total, the product not rounded before the sum."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
 class HeadLoss(torch.autograd.Function):
-    """sum_i w_i * loss_i for losses that look at one row of logits each; gradients are made while the chunk is at hand."""
+    """sum_i w_i * loss_i for losses that look at one row of logits each; gradients are made while the tile is at hand."""
 
     @staticmethod
     def forward(ctx, hidden, weight, token_weight, chunk, tile):
         N, V = hidden.shape[0], weight.shape[0]
-        chunk = chunk or max(1, 2**26 // V)
+        chunk = chunk or max(1, 2**27 // V // 256 * 256, min(256, 2**27 // V))  # of 256s: matrix products like that
         needs_grad = hidden.requires_grad or weight.requires_grad
         d_hidden = torch.zeros_like(hidden) if needs_grad else None  # [N, H]
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
         per_token, logp = (torch.zeros(N, dtype=torch.float32, device=hidden.device) for _ in range(2))
         for i in range(0, N, chunk):
             rows = slice(i, i + chunk)
-            s = matmul_fp32(hidden[rows], weight.T)  # [n, V]
-            per_token[rows], d_s, logp[rows] = tile(s, rows)
+            per_token[rows], d_s, logp[rows] = tile(matmul_fp32(hidden[rows], weight.T), rows)
             if needs_grad:
-                d_s = d_s.mul_(token_weight[rows, None]).to(hidden.dtype)
                 d_hidden[rows] = matmul_fp32(d_s, weight)
-                d_weight += matmul_fp32(d_s.T, hidden[rows])
+                add_matmul_fp32(d_weight, d_s.T, hidden[rows])
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(per_token, logp)
@@ -97,11 +129,11 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grad.to(d_hidden.dtype), (d_weight * grad).to(ctx.weight_dtype), None, None, None
+        return d_hidden * grad.to(d_hidden.dtype), d_weight.mul_(grad).to(ctx.weight_dtype), None, None, None  # once only
 
 
 def chunked_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, kind="reverse", topk=0,
-               targets=None, chunk=0):
+               targets=None, chunk=0, compile=None):
     """
     sum_i token_weight_i * KL_i between student and teacher, over the whole vocabulary (equation 3 of the paper).
 
@@ -109,9 +141,10 @@ def chunked_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, t
     student_weight, teacher_weight: the heads [V, H], [V, H']. token_weight: fp32 [N]; 0 leaves a row out.
     kind: see `divergence`. topk: 0 is exact; k > 0 renormalises over the teacher's k largest logits.
     targets: token ids [N], if the student's log-probabilities of them are wanted. chunk: rows at a time, 0 = chosen.
+    compile: torch.compile the elementwise part; default: on CUDA.
 
     Returns (loss, kl, logp): loss a scalar with gradients for the two student tensors; kl [N] in nats and
-    logp [N] (zeros without targets), fp32 and detached.
+    logp [N] (of token 0 without targets), fp32 and detached.
     Raises ValueError for an unknown kind, for topk with jsd (both sides' supports would matter), for unlike V.
     """
     if kind not in KINDS:
@@ -122,29 +155,23 @@ def chunked_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, t
         raise ValueError(f"student has {student_weight.shape[0]} vocabulary rows and teacher {teacher_weight.shape[0]}")
     if topk > teacher_weight.shape[0] or topk < 0:
         raise ValueError(f"topk must lie in 0..{teacher_weight.shape[0]}, got {topk}")
+    if targets is None:
+        targets = torch.zeros(len(student_hidden), dtype=torch.long, device=student_hidden.device)
+    run = compiled(kl_tile) if (student_hidden.is_cuda if compile is None else compile) else kl_tile
 
     def tile(s, rows):
         t = matmul_fp32(teacher_hidden[rows], teacher_weight.T)
-        value, d_s = topk_divergence(s, t, kind, topk) if topk else divergence(s, t, kind)
-        logp = target_logp(s, targets[rows]) if targets is not None else 0
-        return value, d_s, logp
+        return run(s, t, token_weight[rows], targets[rows], kind, topk, student_hidden.dtype)
 
     return HeadLoss.apply(student_hidden, student_weight, token_weight, chunk, tile)
 
 
-def target_logp(s, targets):
-    """log softmax(s)[target] of each row of logits s [n, V] -> [n]."""
-    return s.gather(1, targets[:, None])[:, 0] - s.logsumexp(-1)
-
-
-def chunked_ce(hidden, weight, targets, token_weight, chunk=0):
+def chunked_ce(hidden, weight, targets, token_weight, chunk=0, compile=None):
     """sum_i token_weight_i * -log p(target_i), the SFT loss, by the same pass. Returns (loss, per-token loss, logp)."""
+    run = compiled(ce_tile) if (hidden.is_cuda if compile is None else compile) else ce_tile
 
     def tile(s, rows):
-        logp = target_logp(s, targets[rows])
-        d_s = s.softmax(-1)
-        d_s.scatter_add_(1, targets[rows, None], torch.full_like(logp[:, None], -1.0))
-        return -logp, d_s, logp
+        return run(s, token_weight[rows], targets[rows], hidden.dtype)
 
     return HeadLoss.apply(hidden, weight, token_weight, chunk, tile)
 

@@ -32,6 +32,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
@@ -147,9 +148,13 @@ def load_model(path, ranks, mesh, dtype, attn="packed", trainable=True, checkpoi
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attn)
     held = torch.float32 if trainable else dtype
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    if trainable:  # compiled, the compiler chooses what to recompute: faster than whole blocks, and as small
+        torch._functorch.config.activation_memory_budget = 0.3 if checkpointing else 1.0
     for layer in model.get_decoder().layers:
-        forward = torch.compile(layer.forward) if compile else layer.forward
-        layer.forward = functools.partial(checkpoint, forward, use_reentrant=False) if checkpointing else forward
+        if compile:
+            layer.forward = torch.compile(layer.forward)
+        elif checkpointing:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
         layer.to(ranks.device, held)
         fully_shard(layer, **options)
     for p in model.parameters():  # embedding, final norm and head; a tied head stays one tensor
@@ -172,7 +177,7 @@ def packed_forward(model, batch, select, loss):
     hidden = torch.nn.Module.__call__(
         model.get_decoder(), input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False,
         cu_seq_lens_q=batch.starts, cu_seq_lens_k=batch.starts, max_length_q=batch.longest, max_length_k=batch.longest,
-        segments=batch.segments).last_hidden_state[0]
+        segments=None if batch.ids.is_cuda else batch.segments).last_hidden_state[0]
     return loss(hidden[select], model.get_output_embeddings().weight)
 
 
@@ -184,7 +189,7 @@ def full_tensors(model, dtype):
 
 
 def make_optimizer(model, weight_decay, betas):
-    return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=weight_decay, betas=betas, eps=1e-8)
+    return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=weight_decay, betas=betas, eps=1e-8, fused=True)
 
 
 def optimizer_step(model, optimizer, lr, clip):
@@ -280,7 +285,7 @@ def training_state(model, optimizer, teacher=None):
     for name, p in model.named_parameters():
         state = optimizer.state[p]
         if not state:  # AdamW makes these at its first step; a run that resumes needs them before
-            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         tensors[name] = p.detach()
         tensors.update({f"{name}.{k}": state[k] for k in ("step", "exp_avg", "exp_avg_sq")})
     if teacher is not None:

@@ -36,7 +36,7 @@ import verify
 from verify import fail, natural, number, positive, share
 
 # flags that a run that goes on may change: they decide neither what is asked nor how it is sampled
-FREE = "target engine dtype vllm_memory judge_seconds"
+FREE = "target engine dtype vllm_memory judge_seconds unsafe_no_sandbox"
 
 # -------------------------------------------------------------------------------------------------------- samplers
 # Two engines, one interface:
@@ -267,7 +267,7 @@ def wilson(p, n, z=1.96):
     if n == 0:
         return None
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [round((centre - half) / (1 + z * z / n), 4), round((centre + half) / (1 + z * z / n), 4)]
+    return [round(abs(bound) / (1 + z * z / n), 4) for bound in (centre - half, centre + half)]
 
 
 def mean(values):
@@ -338,7 +338,8 @@ def parse_args():
     parser.add_argument("--engine", type=engine_name, choices=("vllm", "hf"), help="default: vllm where it is installed")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on cuda, float32 on cpu")
     parser.add_argument("--vllm_memory", type=share, default=0.85, help="share of the GPU's memory for vLLM")
-    parser.add_argument("--judge_seconds", type=positive, default=5.0, help="limit of one verdict")
+    parser.add_argument("--judge_seconds", type=positive, default=5.0, help="limit of one verdict; for code, of one test")
+    parser.add_argument("--unsafe_no_sandbox", action="store_true", help=verify.UNSAFE)
     parser.add_argument("--fresh", action="store_true", help="start over; an old --out is renamed, not deleted")
     args = parser.parse_args()
     if args.num_revisions is None:
@@ -351,7 +352,7 @@ def main():
     ranks = verify.launch()
     tokenizer = verify.load_tokenizer(args.model)
     family = verify.phrase_family(args.model, args.phrases)
-    judge = verify.Judge(limit=args.judge_seconds)
+    judge = verify.Judge(limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox)
     problems, dropped = verify.load_problems(args.data, judge, args.mode, args.range_, args.max_problems)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
@@ -418,7 +419,8 @@ def main():
         i, number, of = sample.request.key
         if of is None:
             ids = verify.revision_ids(tokenizer, prompts[i], sample.ids, verdict.correct, family)
-            row = {"id": problems[i].id, "problem": problems[i].problem, "answer": problems[i].answer, "sample": number,
+            row = {"id": problems[i].id, "problem": problems[i].problem, "answer": problems[i].answer,
+                   **({"mode": "code"} if args.mode == "code" else {}), "sample": number,
                    "y_init": text, "y_init_correct": verdict.correct, "y_init_verdict": verdict.reason,
                    "y_init_tokens": sample.ids, "truncated": sample.truncated,
                    "no_room": bool(args.num_revisions) and len(ids) >= sampler.max_len,

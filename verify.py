@@ -4,7 +4,7 @@ What a problem is, how it is asked, and how an answer is judged. Every phase spe
   problems    load_problems(path or hub name)           -> [Problem], and why the others were dropped
   tokens      chat_ids(tokenizer, problem)              -> x:  the prompt, by the tokenizer's own chat template
               revision_ids(tokenizer, x, y, correct, f) -> x, y without its end of turn, "\\n\\n" + P_r + "\\n\\n"
-  verdicts    Judge()(problems, responses)              -> [Verdict], the binary reward, by math-verify in worker processes
+  verdicts    Judge()(problems, responses)              -> [Verdict], the binary reward, in worker processes
 
 Departures from the official code, which has three different prompts and joins text in one phase, ids in another: here
 there is one prompt, P_r meets tokens in one place, and ids are never decoded and encoded again.
@@ -13,18 +13,29 @@ there is one prompt, P_r meets tokens in one place, and ids are never decoded an
     python verify.py --data gsm8k_test.jsonl --responses O/responses.jsonl    # judge again: what changed
 """
 import argparse
+import ast
+import contextlib
+import functools
+import glob
 import json
+import math
 import os
+import platform
 import re
 import select
+import shlex
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 # ---------------------------------------------------------------------------------------------------------- ranks
@@ -138,7 +149,8 @@ natural, positive, share = number(int, 1), number(float, 0, above=True), number(
 
 INSTRUCTION = {
     "math": "Please reason step by step, and put your final answer within \\boxed{}.",
-    "code": "Please reason step by step, and put your final program in one fenced code block.",
+    "code": "Please reason step by step, and put your final program, in Python or C++, in one fenced code block that names "
+            "its language.",
 }
 PROBLEM_FIELDS = ("problem", "question", "prompt")
 ANSWER_FIELDS = ("answer", "final_answer", "solution", "output")
@@ -150,6 +162,8 @@ class Problem:
     problem: str
     answer: str  # the gold answer alone, without the solution around it
     mode: str = "math"
+    kind: str = ""  # of the gold answer or the tests, for the report of what was loaded
+    tests: dict = None  # of a problem in code mode, see code_tests
 
     @staticmethod
     def of_row(row):
@@ -178,7 +192,10 @@ def read_jsonl(path, torn_ok=False):
             except UnicodeDecodeError as e:
                 fail(f"{path}:{number}: not UTF-8 ({e.reason} at byte {e.start}); convert the file to UTF-8")
             except json.JSONDecodeError as e:
-                fail(f"{path}:{number}: not JSON ({e.msg} at column {e.colno}); mend or remove this line")
+                torn = "" if line.endswith(b"\n") else ", the last line is torn, as a killed run leaves it"
+                fail(f"{path}:{number}: not JSON ({e.msg} at column {e.colno}{torn}); mend or remove this line")
+            except RecursionError:
+                fail(f"{path}:{number}: nested too deeply; remove this line")
             if not isinstance(row, dict):
                 fail(f"{path}:{number}: a JSON object is wanted, found {type(row).__name__}")
             yield number, row
@@ -193,14 +210,16 @@ def need(row, path, line, **fields):
 
 
 def last_boxed(text):
-    """The inside of the last complete \\boxed{...} or \\fbox{...} (braces balanced), or None."""
-    for start in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))):
-        depth = 1
-        for brace in re.finditer(r"\\.|[{}]", text[start.end():], re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-            if depth == 0:
-                return text[start.end(): start.end() + brace.start()].strip()
-    return None
+    """The inside of the last complete \\boxed{...} or \\fbox{...} (braces balanced), or None; one pass, however long."""
+    opened, last = [], None  # opened: where the inside of each open brace starts, and whether it is that of a box
+    for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text, re.DOTALL):
+        if token[0] == "}":
+            start, is_box = opened.pop() if opened else (0, False)
+            if is_box and (last is None or start > last[0]):
+                last = start, token.start()
+        elif token[0][-1] == "{" and token[0] != r"\{":
+            opened.append((token.end(), len(token[0]) > 1))
+    return text[last[0]: last[1]].strip() if last else None
 
 
 def gold_answer(row):
@@ -209,7 +228,9 @@ def gold_answer(row):
         value = row.get(name)
         if isinstance(value, list):
             value = ", ".join(str(v) for v in value)
-        if value is None or isinstance(value, (bool, dict)) or not str(value).strip():
+        if isinstance(value, (bool, dict)):
+            return None, f"field '{name}' is {type(value).__name__}"
+        if value is None or not str(value).strip():
             continue
         text = str(value)
         if "####" in text:  # GSM8K
@@ -231,7 +252,10 @@ def load_rows(data):
             fail(f"--data {data} is not a .jsonl, .json or .parquet file")
         if data.endswith(".parquet"):
             import pyarrow.parquet
-            rows = pyarrow.parquet.read_table(data).to_pylist()
+            try:
+                rows = pyarrow.parquet.read_table(data).to_pylist()
+            except (pyarrow.ArrowException, OSError) as e:
+                fail(f"{data}: not a parquet file ({str(e).splitlines()[0]})")
         else:
             try:
                 with open(data, encoding="utf-8") as f:
@@ -263,28 +287,37 @@ def load_problems(data, judge, mode="math", range_=None, max_problems=None):
     rows as they stand in the file, so that phases given disjoint ranges see disjoint questions. max_problems: at most
     so many of the kept. Ends the program if nothing is left, on duplicate ids, and on rows without a problem.
     """
-    if mode == "code":
-        fail("--mode code: code verdicts are not part of this version; use --mode math")
+    if mode == "code" and judge.sandbox:
+        check_sandbox()
     rows = list(load_rows(data))
     start, stop = parse_range(range_, len(rows))
     problems, dropped, seen = [], Counter(), {}
     stem = os.path.basename(data).split(".")[0]
     for i, (where, row) in list(enumerate(rows))[start:stop]:
-        text = next((row[name] for name in PROBLEM_FIELDS if isinstance(row.get(name), str) and row[name].strip()), None)
-        if text is None:
+        name, text = next(((name, row[name]) for name in PROBLEM_FIELDS if row.get(name)), (None, ""))
+        if not isinstance(text, str):
+            fail(f"{where}: field '{name}' should be text, found {type(text).__name__}")
+        if not text.strip():
             fail(f"{where}: no problem text; one of the fields {', '.join(PROBLEM_FIELDS)} is wanted")
         id_ = str(next((row[k] for k in ("id", "uuid") if row.get(k) is not None), f"{stem}-{i}"))
         if id_ in seen:
             fail(f"{where}: id {id_!r} stands already at {seen[id_]}; ids must differ")
         seen[id_] = where
-        answer, why = gold_answer(row)
-        if answer is None:
+        gold, why = code_tests(row) if mode == "code" else gold_answer(row)
+        if gold is None:
             dropped[why] += 1
+        elif mode == "code":
+            starter = row.get("starter_code")
+            if gold["entry_point"] and isinstance(starter, str) and starter.strip() not in text:
+                text = f"{text.strip()}\n\n```python\n{starter.strip()}\n```"
+            problems.append(Problem(id_, text.strip(), None, mode, "function" if gold["entry_point"] else "stdin", gold))
         else:
-            problems.append(Problem(id_, text.strip(), answer, mode))
-    parsed = judge.parse_golds(problems)
-    dropped.update(why for why in parsed if why)
-    problems = [problem for problem, why in zip(problems, parsed) if not why][:max_problems]
+            problems.append(Problem(id_, text.strip(), gold, mode))
+    if mode == "math":
+        parsed = judge.parse_golds(problems)
+        dropped.update(why for why in parsed if why)
+        problems = [problem for problem, why in zip(problems, parsed) if not why]
+    problems = problems[:max_problems]
     if not problems:
         fail(f"--data {data}: no problem is left of {stop - start}; dropped: {dict(dropped) or 'none, it is empty'}")
     return problems, dropped
@@ -370,7 +403,919 @@ def revision_ids(tokenizer, x_ids, y_ids, correct, family):
     return x_ids + without_end(tokenizer, y_ids) + control_ids(tokenizer, correct, family)
 
 
+# -------------------------------------------------------------------------------------------------- math answers
+# An answer is tidied, read as a tree of small parts (lists, tuples, intervals, sets, matrices, relations, text, values),
+# and compared part by part. Plain numbers are exact fractions. Only what is left, one expression against another, goes
+# through math-verify's LaTeX parser; two expressions are equal if they agree to 40 digits, at several points where
+# there are variables. math-verify's own comparison is not used: it rounds to six decimals (1e-9 = 2e-9), takes any
+# equation for any value, and reads unknown words as products of letters, so that anagrams are equal.
+
+
+class Part(NamedTuple):
+    kind: str  # choice, text, value, list, tuple, set, union, matrix, relation
+    parts: tuple  # of Part; for choice and text (str,); for value (LaTeX without unit,)
+    mark: str = ""  # the unit of a value, the brackets of a tuple, the operators of a relation
+
+    def __str__(self):
+        if self.kind == "value":
+            return "number" if number(self.parts[0]) else "expression"
+        return "interval" if self.kind == "union" or "[" in self.mark or "]" in self.mark else self.kind
+
+
+UNICODE = str.maketrans(dict(zip("−–×·÷π∞≤≥≠∪∩∈±°²³½¼¾，（）：θ√≈∅", (
+    r"-|-|\times |\cdot |/|\pi |\infty |\le |\ge |\ne |\cup |\cap |\in |\pm |^\circ |^2|^3|\frac{1}{2}|\frac{1}{4}|"
+    r"\frac{3}{4}|,|(|)|:|\theta |\sqrt |\approx |\{\}").split("|"))))
+SPELLINGS = [(re.compile(a), b) for a, b in (
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|boldsymbol|bm)(?![A-Za-z])", ""),
+    (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!|\\ |~)(?=\d{3}(?!\d))", ""),  # 10{,}000
+    (r"(?<!\\)\\(?:[,;:! ]|quad(?![a-z])|qquad(?![a-z]))|[~\s]+|\\\\(?=\s*$)", " "),
+    (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\\(?:lbrace|rbrace)(?![a-z])", lambda m: r"\{" if m[0][1] == "l" else r"\}"),
+    (r"\\(?:leq|leqslant)(?![a-z])", r"\\le"), (r"\\(?:geq|geqslant)(?![a-z])", r"\\ge"), (r"\\neq(?![a-z])", r"\\ne"),
+    (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
+    (r"\\(?:approx|simeq)(?![a-z])", r"="), (r"\\(?:varnothing|emptyset)(?![a-z])", r"\\{\\}"),
+    (r"\\(?:lor|vee)(?![a-z])", "⟦or⟧"), (r"\\(?:land|wedge)(?![a-z])", "⟦and⟧"), (r"\\underline(?![a-z])", ""),
+    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
+    (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(?<![\\A-Za-z])(?:infinity|infty|oo)(?![A-Za-z])", r"\\infty "), (r"\+\s*\\infty", r"\\infty "),
+    (r"\*\*", "^"), (r"\*", r"\\cdot "),
+    (r"\\\$|(?<!\\)\$(?=\s*[-\d.])|US\$", "⟦dollar⟧"),
+    (r"€|\\euro(?![a-z])", "⟦euro⟧"), (r"£|\\pounds(?![a-z])", "⟦pound⟧"),
+    (r"\\?%|\\percent(?![a-z])", "⟦percent⟧"), (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![a-z])", "⟦degree⟧"),
+    (r"(?<=\d)_\s*\{?\s*(\d+)\s*\}?", r"⟦base \1⟧"),
+)]
+TEXT = re.compile(r"\\(text\w*|math\w+|mbox|hbox|operatorname)\*?\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+WORD = re.compile(r"(?<![\\A-Za-z⟦])(?<!\\begin\{)(?<!\\end\{)[A-Za-z]{2,}(?![^⟦]*⟧)")  # two letters or more, not marked yet
+FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp max min gcd lcm det".split())
+LETTER_PRODUCT = re.compile(r"(?=..)(?:a?b?c?d?|k?l?m?n?|p?q?r?s?t?|u?v?w?x?y?z?|[ab]i|d[xy]|[abc][xyz])")
+UNITS = {name: names.split()[0] for names in (
+    "cm centimeter centimetre|mm millimeter millimetre|m meter metre|km kilometer kilometre|g gram|kg kilogram|mg milligram|"
+    "s sec second|min minute|h hr hour|day|ft foot feet|in inch inches|mi mile|yd yard|l liter litre|"
+    "ml milliliter millilitre|dollar usd buck|euro eur|pound gbp lb|cent|degree deg|percent pct percentage|rad radian|unit|mph"
+    ).split("|") for name in names.split()}
+RELATION = r"=|<|>|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|\\in(?![a-z])|:"
+# what may stand on the left of `x = 3`: a letter, f(x), x_1, |AB|, \angle ABC, words, a tuple of letters
+NAME = re.compile(
+    r"\|?(?:\\(?:angle|overline|vec|triangle|measuredangle)\s*)*\{?\s*(?:[A-Za-z]|⟦[^⟧]*⟧(?:\s*⟦[^⟧]*⟧)*|\\(?:alpha|beta|gamma|"
+    r"delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|varphi|omega|Delta|Omega))\s*\}?(?:_\{?\\?\w+\s*\}?|')*(?:\^\{-1\})?"
+    r"(?:\([^()]{1,12}\))?\|?"
+    r"|\(\s*[A-Za-z](?:_\{?\w\}?)?(?:\s*,\s*[A-Za-z](?:_\{?\w\}?)?)+\s*\)")
+
+
+def tidy(answer):
+    """One spelling of an answer's LaTeX; words, units, currency and percent stand in ⟦⟧."""
+    answer = answer.translate(UNICODE)
+    answer = re.sub(r"\\[\(\)\[\]]", "", answer)  # \( \) \[ \]
+    if answer.replace(r"\$", "").count("$") >= 2:
+        answer = re.sub(r"(?<!\\)\$", "", answer)
+    for pattern, new in SPELLINGS:
+        answer = pattern.sub(new, answer)
+    while TEXT.search(answer):
+        answer = TEXT.sub(lambda m: words(m[2], m[1]), answer)
+    answer = re.sub(r"_\s*\{?\s*⟦(\w+)⟧\s*\}?", r"_{\1}", answer)  # x_{\text{max}}
+    answer = WORD.sub(bare_word, answer)
+    return re.sub(r"\s+", " ", answer).strip().rstrip(".").strip()
+
+
+def words(text, command):
+    """What stands in \\text{} and the like, each word in it marked."""
+    if re.fullmatch(r"\s*[A-Za-z]\s*" if command not in ("mathrm", "text") else "[dei]", text):
+        return text  # \mathbf{v}, \mathrm{d}x
+    return re.sub(r"(?<!⟦)\b[A-Za-z][A-Za-z']*(?![^⟦]*⟧)", r"⟦\g<0>⟧", text)
+
+
+def bare_word(match):
+    """A run of letters outside \\text{}: a function, a product of variables (xy, mgh in a formula), or a word."""
+    word, before, after = match[0], match.string[:match.start()][-1:], match.string[match.end():][:1]
+    if word in FUNCTIONS and before in tuple("_{"):
+        return word  # x_{max}
+    if word in FUNCTIONS or word in ("pi", "theta"):
+        return f"\\{word} "
+    in_formula = len(word) < 5 and word not in UNITS and (before in tuple("^_{}/+") or after in tuple("^_}/+("))
+    return word if in_formula or LETTER_PRODUCT.fullmatch("".join(sorted(word))) else f"⟦{word}⟧"
+
+
+def split(text, pattern):
+    """(pieces, separators) of text at the matches of pattern that stand outside all brackets."""
+    pieces, found, depth, at = [], [], 0, 0
+    for m in re.finditer(r"\\begin(?=\{)|\\end(?=\{)|\\[{}]|\\langle|\\rangle|[()\[\]{}]|" + pattern, text):
+        token = m[0]
+        if token in (r"\begin", r"\{", r"\langle", "(", "[", "{"):
+            depth += 1
+        elif token in (r"\end", r"\}", r"\rangle", ")", "]", "}"):
+            depth -= 1
+        elif depth == 0:
+            pieces.append(text[at: m.start()].strip())
+            found.append(token)
+            at = m.end()
+    return [*pieces, text[at:].strip()], found
+
+
+def read(text):
+    """The Part tree of a tidied answer. Raises ValueError where there is none."""
+    text = text.strip().rstrip(".;,").strip()
+    while text.startswith("{") and text.endswith("}") and balanced(text[1:-1]):
+        text = text[1:-1].strip()
+    plain = text.replace("⟦", "").replace("⟧", "").strip()
+    if not plain:
+        raise ValueError("empty")
+    if m := re.fullmatch(r"\(?\s*([A-J])\s*[).:]?", plain):
+        return Part("choice", (m[1],))
+    text = re.sub(r"\](.+,.+)\[", r"(\1)", text) if re.fullmatch(r"\][^\[\]]+\[", text) else text
+    text = re.sub(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?!\d|,\d)", lambda m: m[0].replace(",", ""), text) \
+        if text[0] not in "([" and not text.startswith((r"\{", r"\langle")) else text
+    pieces = [p for p in split(text, r"[,;]|⟦and⟧|⟦or⟧")[0] if p]
+    if len(pieces) > 1:
+        return Part("list", tuple(map(read, pieces)))
+    if m := re.fullmatch(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", text, re.DOTALL):
+        rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", m[2]) if row.strip()]
+        cells = [Part("list", tuple(map(read, row.split("&")))) for row in rows]
+        return Part("matrix", tuple(cells), m[1] if m[1] in ("vmatrix", "Vmatrix") else "")
+    sides, operators = split(text, RELATION)
+    if len(sides) > 1:
+        if operators == [r"\in"] and NAME.fullmatch(sides[0]):
+            return read(sides[1])
+        return Part("relation", tuple(sides), " ".join(operators))
+    members = split(text, r"\\cup(?![a-z])")[0]
+    if len(members) > 1:
+        return Part("union", tuple(map(read, members)))
+    m = re.fullmatch(r"(\(|\[|\\langle|\\\{)(.*)(\)|\]|\\rangle|\\\})", text, re.DOTALL)
+    if m and balanced(m[2]):
+        if m[1] == r"\{":
+            return Part("set", tuple(read(p) for p in split(m[2], r"[,;]")[0] if p))
+        inside = [p for p in split(m[2], r"[,;]")[0] if p]
+        if len(inside) > 1:
+            return Part("tuple", tuple(map(read, inside)), (m[1] + m[3]).replace(r"\langle", "(").replace(r"\rangle", ")"))
+        if m[1] + m[3] in ("()", "[]"):
+            return read(m[2])
+    if r"\pm" in text:
+        return Part("list", (read(text.replace(r"\pm", "+")), read(text.replace(r"\pm", "-"))))
+    return read_value(text)
+
+
+def balanced(text):
+    depth = 0
+    for token in re.finditer(r"\\[{}]|[()\[\]{}]", text):
+        depth += 1 if token[0][-1] in "([{" else -1
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def read_value(text):
+    """A value with its unit in front or behind, or text."""
+    if "⟦" not in text:
+        return Part("value", (text,))
+    if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
+        text = re.sub(r"(\d+(?:\.\d+)?)\s*⟦degree⟧", r"(\1\\pi/180)", text)
+    m = re.fullmatch(r"(-?)\s*((?:⟦(?:dollar|euro|pound)⟧)?)([^⟦⟧]*?)"
+                     r"((?:[\s/]*\{?⟦[^⟧]*⟧\}?(?:\s*\^\s*\{?-?\d\}?)?|\s*\\cdot)*)", text)
+    if m and m[3].strip():  # after a number any words may stand, after x only measures
+        words_after = unit(m[2] + m[4])
+        if re.search(r"\d|\\pi|\\sqrt", m[3]) or all(w.partition("^")[0] in UNITS for w in words_after.split()):
+            return Part("value", ((m[1] + m[3]).strip(),), words_after)
+    if re.search(r"[\\^=]", text):
+        raise ValueError(f"neither mathematics nor text: {text[:40]}")
+    plain = re.sub(r"[^\w+-]+", " ", text).strip().lower()
+    return Part("text", (re.sub(r"^(?:the|a|an) ", "", plain),))
+
+
+def unit(text):
+    """Words of a unit in one spelling: 'square centimeters' -> 'cm^2'."""
+    text = re.sub(r"[⟦⟧{}]|\\cdot|\bof\b|\bthe\b|\bper\b", " ", text).lower().replace("/", " ")
+    text = re.sub(r"\b(?:square|sq)\s+(\w+)", r"\1^2", re.sub(r"\bcubic\s+(\w+)", r"\1^3", text))
+    text = re.sub(r"\s*\^\s*", "^", text)
+    found = []
+    for word, power in (re.match(r"(\w*)(.*)", w).groups() for w in text.split()):
+        single = word[:-1] if word.endswith("s") and len(word) > 1 else word
+        found.append(UNITS.get(word, UNITS.get(single, single)) + power)
+    return " ".join(sorted(found))
+
+
+def number(text):
+    """
+    (value, unit) of a plain number: integer, decimal (also repeating), fraction, mixed number, or power of ten; None for
+    anything else. value is an exact Fraction; unit is that of the last place of a decimal of six digits or more, else 0.
+    """
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip())
+    text = re.sub(r"[{]([-+]?[\d.]+)[}]", r"{\1}", text)
+    sign, text = re.fullmatch(r"([-+]?)\s*(.*)", text, re.DOTALL).groups()
+    sign = -1 if sign == "-" else 1
+    decimal = r"\d+(?:\.\d*)?|\.\d+"
+    if re.fullmatch(decimal, text):
+        return sign * Fraction(text.rstrip(".")), last_place(text)
+    if m := re.fullmatch(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", text):
+        whole, head, tail = m.groups()
+        return sign * (Fraction(int((whole + head + tail) or 0) - int((whole + head) or 0),
+                                (10 ** len(tail) - 1) * 10 ** len(head))), 0
+    if m := (re.fullmatch(rf"(\d*)\s*\\frac\s*\{{\s*([-+]?)\s*({decimal})\s*\}}\s*\{{\s*([-+]?)\s*({decimal})\s*\}}", text)
+             or re.fullmatch(rf"(?:(\d+)\s+)?([-+]?)({decimal})\s*/\s*([-+]?)({decimal})", text)):
+        if not Fraction(m[5]) or (m[1] and (m[2] or m[4])):
+            return None
+        minus = -1 if (m[2] == "-") != (m[4] == "-") else 1
+        return sign * (int(m[1] or 0) + minus * Fraction(m[3]) / Fraction(m[5])), 0
+    m = re.fullmatch(rf"(?:({decimal})\s*(?:\\times|\\cdot|x)\s*)?10\s*\^\s*(?:\{{\s*([-+]?\s*\d+)\s*\}}|([-+]?\d))", text) \
+        or re.fullmatch(rf"({decimal})\s*[eE]\s*([-+]?\d+)()", text)
+    if m and len(m[2] or "") < 5:
+        power = Fraction(10) ** int((m[2] or m[3]).replace(" ", ""))
+        return sign * Fraction(m[1] or 1) * power, last_place(m[1] or "") * power
+    return None
+
+
+def last_place(text):
+    """0.01 for 1234.56; 0 for a number without a decimal point or with fewer than six digits."""
+    digits = text.replace(".", "").lstrip("0")
+    return Fraction(1, 10 ** len(text.partition(".")[2])) if "." in text and len(digits) >= 6 else Fraction(0)
+
+
+def terminates(value):
+    """Whether a fraction has finitely many decimals."""
+    rest = value.denominator
+    for p in (2, 5):
+        while rest % p == 0:
+            rest //= p
+    return rest == 1
+
+
+@functools.lru_cache(4096)
+def expression(text):
+    """A sympy expression of one LaTeX value, decimals as fractions. Raises ValueError where it has none."""
+    import sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
+    value = number(text)
+    if value:
+        return sympy.Rational(value[0].numerator, value[0].denominator)
+    if re.search(r"[⟦⟧&;\"?@#]|\.\.|[^\x00-\x7f]", text):
+        raise ValueError(f"no expression: {text[:40]}")
+    text = re.sub(r"_\{\s*\\(\w+)\s*\}", r"_{\1}", text)  # three that the parser cannot take: x_{\max}, E_1, \gamma
+    text = re.sub(r"(?<![\\A-Za-z])([eE])_\{?(\w+)\}?", r"X_{\1\2}", text)
+    text = re.sub(r"\\gamma(?![a-z])", r" X_{gamma} ", text)
+    text = re.sub(r"([A-Za-z])(?:\^\s*\{?\\prime\}?|')", r"\1_{prime}", text)
+    text = re.sub(r"(?<![\w\\.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)", r"\1 \\times 10^{\2}", text)
+    try:
+        parsed = latex2sympy(text, is_real=None, conversion_config=ConversionConfig(lowercase_symbols=False),
+                             normalization_config=NormalizationConfig(
+                                 basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none",
+                                 equations=False))
+        if not isinstance(parsed, sympy.Expr) or parsed.has(sympy.zoo, sympy.nan):
+            raise ValueError(f"no expression: {text[:40]}")
+        parsed = parsed.xreplace({f: sympy.Rational(str(f)) for f in parsed.atoms(sympy.Float)})
+        applied = parsed.atoms(sympy.core.function.AppliedUndef)  # f(x) of an unknown f is a variable as any other
+        parsed = parsed.xreplace({f: sympy.Symbol(str(f).replace(" ", "")) for f in applied})
+        return parsed.xreplace({s: sympy.I for s in parsed.free_symbols if str(s) == "i"})
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as e:  # its grammar raises bare Exceptions
+        raise ValueError(f"no expression: {text[:40]}") from e
+
+
+def samples(*expressions):
+    """
+    Yields the complex values of expressions, to 50 digits, where all have one: at five points if there are variables (the
+    same point for the same names in every call, one of them negative), else once.
+    """
+    import random
+    import sympy
+    names = {str(symbol) for expr in expressions for symbol in expr.free_symbols}
+    for trial in range(5 if names else 1):
+        at = {}
+        for name in names:
+            rng = random.Random(f"{name} {trial}")
+            at[name] = sympy.Rational(rng.randint(11, 97), rng.choice((7, 13, 19, 23))) * (-1 if trial == 2 else 1)
+        found = [expr.subs({s: at[str(s)] for s in expr.free_symbols}).evalf(50) for expr in expressions]
+        if all(value.is_number and value.is_finite for value in found):
+            yield found
+
+
+def agree(a, b):
+    """Whether two numbers of 50 digits are the same number."""
+    size = max(abs(a), abs(b))
+    return bool(size < 1e-100 or abs(a - b) <= 1e-40 * size)
+
+
+def same_value(gold, answer):
+    """Whether two LaTeX values are equal; a decimal of six digits or more may stand for a value that has no end."""
+    if gold == answer:
+        return True
+    g, a = number(gold), number(answer)
+    if g and a:
+        return g[0] == a[0] or any(unit and not terminates(exact) and abs(decimal - exact) <= unit / 2
+                                   for (decimal, unit), (exact, _) in ((g, a), (a, g)))
+    if r"\infty" in gold + answer:
+        return gold.replace(" ", "") == answer.replace(" ", "")
+    e, f = expression(gold), expression(answer)
+    if bool(e.free_symbols) != bool(f.free_symbols):
+        return False
+    unit = (g or a or (0, 0))[1]
+    points = 0
+    for x, y in samples(e, f):
+        points += 1
+        if not agree(x, y) and not (unit and abs(x - y) <= unit.numerator / (2 * unit.denominator)):
+            return False
+    return points > bool(e.free_symbols)
+
+
+def same_equation(gold, answer):
+    """Whether two equations say the same: left minus right of one is a constant times that of the other."""
+    e, f = (expression(left) - expression(right) for left, right in (gold, answer))
+    if not e.free_symbols or {str(s) for s in e.free_symbols} != {str(s) for s in f.free_symbols}:
+        return False
+    pairs = [(x, y) for x, y in samples(e, f) if x and y]
+    return len(pairs) > 1 and all(agree(x * pairs[0][1], y * pairs[0][0]) for x, y in pairs[1:])
+
+
+def upwards(relation):
+    """(sides, operators) of a relation, turned round if it is written with > and \\ge."""
+    sides, operators = list(relation.parts), relation.mark.split()
+    if set(operators) <= {">", r"\ge"}:
+        return sides[::-1], [{">": "<", r"\ge": r"\le"}[op] for op in operators[::-1]]
+    return sides, operators
+
+
+def interval(relation):
+    """(name, Part) of `x > 3` or `1 < x \\le 2` as an interval, or (None, None)."""
+    sides, operators = upwards(relation)
+    if len(sides) == 2 and NAME.fullmatch(sides[0]):
+        sides, operators = [r"-\infty", *sides], ["<", *operators]
+    elif len(sides) == 2:
+        sides, operators = [*sides, r"\infty"], [*operators, "<"]
+    if len(sides) != 3 or not set(operators) <= {"<", r"\le"} or not NAME.fullmatch(sides[1]):
+        return None, None
+    brackets = ("[" if operators[0] == r"\le" else "(") + ("]" if operators[1] == r"\le" else ")")
+    return sides[1].replace(" ", ""), Part("tuple", (read(sides[0]), read(sides[2])), brackets)
+
+
+def as_set(part):
+    """A relation, or a list of relations, of one variable as an interval or a union; else the part itself."""
+    if part.kind == "relation" and not set(part.mark.split()) & {"=", ":"}:
+        return interval(part)[1] or part
+    if part.kind == "list" and all(p.kind == "relation" and interval(p)[1] for p in part.parts):
+        return Part("union", tuple(interval(p)[1] for p in part.parts))
+    return part
+
+
+def assignment(part):
+    """(name, [value, ...]) of `x = 3` or `x = 1 + 2 = 3`; (None, sides) of another chain of equalities; else (None, [])."""
+    if part.kind != "relation" or set(part.mark.split()) != {"="}:
+        return None, []
+    if NAME.fullmatch(part.parts[0]) and part.parts[0] not in ("e", "i"):
+        return part.parts[0].replace(" ", ""), list(map(read, part.parts[1:]))
+    return None, list(map(read, part.parts))
+
+
+def named_values(part):
+    """[2, 3] of `x = 2, y = 3`, a list of assignments to different names; else None."""
+    pairs = [assignment(p) for p in part.parts] if part.kind == "list" else []
+    names = {name for name, _ in pairs}
+    return [values[-1] for _, values in pairs] if pairs and None not in names and len(names) == len(pairs) else None
+
+
+def one_by_one(gold, answer):
+    """Whether parts are right answers to gold parts in this order."""
+    return len(gold) == len(answer) and all(map(same, gold, answer))
+
+
+def pair_up(gold, answer):
+    """Whether each gold part has an answer part of its own, in any order, and none is left."""
+    left = list(answer)
+    for g in gold:
+        match = next((i for i, a in enumerate(left) if same(g, a)), None)
+        if match is None:
+            return False
+        del left[match]
+    return not left
+
+
+def same(gold, answer):
+    """Whether an answer's Part tree is a right answer to the gold one."""
+    if gold == answer:
+        return True
+    if gold.kind == "relation" or answer.kind == "relation":
+        return same_relation(gold, answer)
+    kinds = {gold.kind, answer.kind}
+    if kinds == {"list", "union"} or (kinds & {"union", "tuple"} and answer.kind == "list"):
+        gold, answer = as_set(gold), as_set(answer)
+        kinds = {gold.kind, answer.kind}
+    for named, plain in ((gold, answer), (answer, gold)):  # x = 2, y = 3 against 2, 3 or (2, 3): order counts
+        values = named_values(named)
+        if values and plain.kind in ("list", "tuple") and plain.mark in ("", "()") \
+                and "relation" not in {p.kind for p in plain.parts}:
+            return one_by_one(values, plain.parts) if named is gold else one_by_one(plain.parts, values)
+    if kinds == {"list"} or kinds == {"union"}:
+        return pair_up(gold.parts, answer.parts)
+    if kinds <= {"list", "set"}:
+        return (all(any(same(g, a) for a in answer.parts) for g in gold.parts)
+                and all(any(same(g, a) for g in gold.parts) for a in answer.parts))
+    if gold.kind == "choice":  # the letter alone, in either case
+        return answer.parts == (gold.parts[0].lower(),)
+    if len(kinds) > 1:
+        return False
+    if gold.kind == "value":
+        return same_quantity(gold, answer)
+    if gold.kind == "text":
+        return gold.parts == answer.parts
+    if gold.kind == "matrix":  # its rows are lists, in which order counts
+        return gold.mark == answer.mark and len(gold.parts) == len(answer.parts) and all(
+            one_by_one(g.parts, a.parts) for g, a in zip(gold.parts, answer.parts))
+    return gold.mark == answer.mark and one_by_one(gold.parts, answer.parts)
+
+
+def same_relation(gold, answer):
+    """`same` where at least one side is an equation, an inequality or a ratio."""
+    (name, gold_values), (other, answer_values) = assignment(gold), assignment(answer)
+    if gold.kind != "relation":
+        if answer_values:  # 3 <- x = 3, and 3 <- 1 + 2 = 3
+            return all(same(gold, value) for value in answer_values)
+        converted = as_set(answer)
+        return converted.kind != "relation" and same(gold, converted)
+    if answer.kind != "relation":
+        if name:  # x = 3 <- 3
+            return same(gold_values[-1], answer)
+        converted = as_set(gold)
+        return converted.kind != "relation" and same(converted, answer)
+    if name and other and (name == other or not (len(gold.parts) == len(answer.parts) == 2)):
+        return name == other and all(same(gold_values[-1], value) for value in answer_values)
+    if gold.mark == answer.mark == "=":
+        if name and other and all(v.kind == "value" and number(v.parts[0]) for v in (gold_values[-1], answer_values[-1])):
+            return False  # x = 3 and y = 3
+        return same_equation(gold.parts, answer.parts)
+    (variable, g), (other, a) = interval(gold), interval(answer)
+    if g and a:
+        return variable == other and same(g, a)
+    (gold_sides, gold_operators), (sides, operators) = upwards(gold), upwards(answer)
+    return gold_operators == operators and one_by_one(list(map(read, gold_sides)), list(map(read, sides)))
+
+
+def same_quantity(gold, answer):
+    """
+    `same` for two values with units. A unit may be left out; given on both sides it must be the same one (no
+    conversion). 50 % is 50 or 0.5; a gold without percent takes p % as p/100, and as p where gold is over 1.
+    """
+    (g,), (a,), g_unit, a_unit = gold.parts, answer.parts, gold.mark.split(), answer.mark.split()
+    if "percent" in g_unit and "percent" not in a_unit:
+        return not a_unit and (same_value(g, a) or same_value(f"\\frac{{{g}}}{{100}}", a))
+    if "percent" in a_unit and "percent" not in g_unit:
+        plain = number(g)
+        return (plain is not None and plain[0] > 1 and same_value(g, a)) or same_value(g, f"\\frac{{{a}}}{{100}}")
+    if g_unit and a_unit:  # words beside the measures may be left out: 5 red apples
+        measures = [{u for u in units if u.partition("^")[0] in UNITS} for units in (g_unit, a_unit)]
+        if measures[0] != measures[1] or not (set(g_unit) <= set(a_unit) or set(a_unit) <= set(g_unit)):
+            return False
+    return same_value(g, a)
+
+
+# What sympy and the reading raise for what they cannot take. MemoryError is not among them: it ends the worker.
+UNREADABLE = (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, NotImplementedError)
+
+
+def gold_kind(gold):
+    """The kind of a gold answer ('integer', 'tuple', ...), for the report; 'bad' if it cannot be judged against."""
+    try:
+        part = read(tidy(gold))
+        return str(part) if can_be_gold(part) else "bad"
+    except UNREADABLE:
+        return "bad"
+
+
+def can_be_gold(part):
+    """Whether all values of a gold answer are expressions and its texts are short; raises what UNREADABLE names if not."""
+    if part.kind == "value":
+        return r"\infty" in part.parts[0] or bool(expression(part.parts[0]) is not None)
+    if part.kind == "text":
+        return len(part.parts[0]) <= 80 and part.parts[0] not in ("", "nan", "inf", "null", "undefined")
+    if part.kind == "choice":
+        return True
+    return all(can_be_gold(read(p) if part.kind == "relation" else p) for p in part.parts
+               if part.kind != "relation" or not NAME.fullmatch(p))
+
+
+def right_answer(gold, answer):
+    """Whether the inside of a \\boxed{} is a right answer to a gold one; what cannot be read is not."""
+    try:
+        gold, answer = tidy(gold), tidy(answer)
+        return gold == answer or bool(same(read(gold), read(answer)))
+    except UNREADABLE:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------ programs and tests
+# Model-written code is hostile. It runs under bubblewrap as nobody, with every namespace unshared: no network, no host
+# process in sight, a read-only /usr, a small tmpfs, nothing else. One sandbox per test; the compiled program travels
+# through memory, so that nothing is ever on the host's disk. What goes in is the program and one test's input. The
+# expected output and the verdict stay outside, so there is nothing to read, patch or forge.
+
+
+class Language(NamedTuple):
+    names: tuple  # of the fence
+    tool: str  # that must be installed
+    file: str
+    compile: str  # shell line that leaves `program` in the working directory; "" if there is nothing to compile
+    run: str
+    address_space: bool = True  # whether it can live under a limit of its address space
+    processes: int = 16  # threads included
+
+
+# Java: the file is named after its public class; the jar starts at the class that has a main.
+JAVA = (r"n=$(sed -nE 's/.*public +(final +)?class +(\w+).*/\2/p' Main.java | head -1); mkdir c s; "
+        r"mv Main.java s/${n:-Main}.java; javac -J-Xmx512m -d c s/*.java && cd c && jar cfe ../program $(grep -lF '([Ljava/lang/String;)V' *.class | "
+        r"head -1 | sed s/.class//) . && cd ..")
+LANGUAGES = (
+    Language(("python", "python3", "py"), "python3", "main.py", "", "python3 -I main.py"),
+    Language(("cpp", "c++", "cc", "cxx"), "g++", "main.cpp", "g++ -O2 -std=c++17 -o program main.cpp", "./program"),
+    Language(("c",), "gcc", "main.c", "gcc -O2 -std=c17 -o program main.c -lm", "./program"),
+    Language(("rust", "rs"), "rustc", "main.rs", "rustc -O --edition 2021 -o program main.rs", "./program"),
+    Language(("go", "golang"), "go", "main.go", "GOCACHE=/tmp/go HOME=/tmp go build -o program main.go", "./program", False,
+             64),
+    Language(("java",), "javac", "Main.java", JAVA,
+             "java -Xmx{mb}m -Xss64m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -jar program", False, 64),
+)
+SANDBOX_PATH = "/usr/local/go/bin:/usr/local/bin:/usr/bin"
+OUTPUT_BYTES, FILE_BYTES, TMPFS_BYTES = 64 << 20, 64 << 20, 128 << 20
+COMPILE_SECONDS = 20.0
+ALL_TESTS = 20  # all tests of a program together may take so many times the limit of one
+# Calls entry_point on one test's arguments. Its result goes out by a descriptor of its own; what is printed does not.
+DRIVER = """import json, os, sys
+out = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+sys.setrecursionlimit(100000)
+names = {"__name__": "solution"}
+exec("import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys\\n"
+     "from bisect import *; from collections import *; from functools import *; from heapq import *\\n"
+     "from itertools import *; from math import *; from typing import *", names)
+exec(compile(open("main.py").read(), "main.py", "exec"), names)
+entry, args, kwargs = json.load(sys.stdin)
+if entry.isidentifier() and entry not in names:
+    entry = "Solution()." + entry
+json.dump(eval(entry, names)(*args, **kwargs), out)
+out.flush()
+"""
+
+
+class Run(NamedTuple):
+    ended: str  # ok (exit status 0), failed, timeout, memory, output
+    output: bytes
+
+
+def last_program(response):
+    """(Language, source) of the last closed fenced block that names a known, installed language, or None."""
+    if "<think>" in response and "</think>" not in response:
+        return None
+    found, opened, lines = None, None, response.rpartition("</think>")[2].splitlines()
+    for i, line in enumerate(lines):
+        fence = re.fullmatch(r"\s*```([^`]*)", line)
+        if fence and (opened is None or fence[1].strip()):
+            opened = i, fence[1].strip().lower().partition(" ")[0]
+        elif fence:
+            language = next((x for x in LANGUAGES if opened[1] in x.names and installed(x)), None)
+            found = (language, "\n".join(lines[opened[0] + 1: i]) + "\n") if language else found
+            opened = None
+    return found
+
+
+@functools.cache
+def installed(language):
+    """Whether a language's tool is where the sandbox sees it."""
+    return shutil.which(language.tool, path=SANDBOX_PATH) is not None
+
+
+# Calls that a program may not make, by machine: those that keep memory which no process maps, where the memory limit
+# does not see it (memfd_create, shmget, msgget, semget, mq_open, add_key, request_key, keyctl, memfd_secret), and doors
+# that kernel bugs tend to have (bpf, perf_event_open, userfaultfd, io_uring_setup).
+FORBIDDEN = {
+    "x86_64": (0xC000003E, (319, 29, 68, 64, 240, 248, 249, 250, 447, 321, 298, 323, 425)),
+    "aarch64": (0xC00000B7, (279, 194, 186, 190, 180, 217, 218, 219, 447, 280, 241, 282, 425)),
+}
+
+
+def seccomp_filter():
+    """The bytes of a BPF program by which FORBIDDEN calls, and all calls of another architecture, fail with EPERM."""
+    arch, numbers = FORBIDDEN[platform.machine()]
+    load, equal, at_least, result = 0x20, 0x15, 0x35, 0x06  # operation codes
+    rest = len(numbers)
+    program = [(load, 0, 0, 4), (equal, 0, rest + 3, arch), (load, 0, 0, 0), (at_least, rest + 1, 0, 0x40000000)]
+    program += [(equal, rest - i, 0, number) for i, number in enumerate(numbers)]
+    program += [(result, 0, 0, 0x7FFF0000), (result, 0, 0, 0x00050001)]  # allowed; EPERM
+    return b"".join(struct.pack("HBBI", *step) for step in program)
+
+
+def sandbox_command(shell, names, fds, info, seccomp):
+    """The bubblewrap command line that runs a shell line over files (their names, open descriptors with their bytes)."""
+    command = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session",
+               "--as-pid-1",  # when the shell ends, as process 1, the kernel ends every process that is left
+               "--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--cap-drop", "ALL", "--clearenv",
+               "--setenv", "PATH", SANDBOX_PATH, "--setenv", "LANG", "C.UTF-8", "--info-fd", str(info),
+               "--seccomp", str(seccomp),
+               "--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin", "--proc", "/proc",
+               "--dev", "/dev", "--remount-ro", "/dev"]
+    for name in ("lib", "lib32", "lib64", "libx32"):
+        if os.path.islink("/" + name):
+            command += ["--symlink", "usr/" + name, "/" + name]
+    for path in ["/etc/ld.so.cache", "/etc/alternatives", *glob.glob("/etc/java-*")]:
+        command += ["--ro-bind-try", path, path]
+    command += ["--size", str(TMPFS_BYTES), "--tmpfs", "/tmp"]
+    for name, fd in zip(names, fds):
+        command += ["--perms", "0755", "--file", str(fd), "/tmp/" + name]
+    return [*command, "--remount-ro", "/", "--chdir", "/tmp", "sh", "-c", shell]
+
+
+def run_program(shell, files, stdin=b"", seconds=5.0, memory=1.0, processes=16, address_space=True, sandbox=True):
+    """
+    Runs a shell line over files ({name: bytes}) in a sandbox of its own and returns Run, with all its processes gone.
+
+    Limits: `seconds` of wall time and of CPU per process; `processes`, threads included; `memory` GiB, as address space
+    of each process and as resident memory of all together (looked at every 20 ms); the size of files, the temporary
+    file system and the output. sandbox=False: no protection at all, only the limits. Raises RuntimeError where the
+    sandbox itself does not start.
+    """
+    limits = f"prlimit --core=0 --nofile=256 --fsize={FILE_BYTES} --cpu={math.ceil(seconds) + 1}"
+    if address_space:
+        limits += f" --as={int(memory * 2**30)} --stack={int(memory * 2**28)}"
+    if sandbox:
+        limits += f" --nproc={processes}"
+    shell = f"{limits} sh -c {shlex.quote(shell)}; exit $?"
+    with contextlib.ExitStack() as stack:
+        def in_memory(data):
+            file = stack.enter_context(os.fdopen(os.memfd_create("data"), "wb+"))
+            file.write(data)
+            file.seek(0)
+            return file.fileno()
+
+        fds = {name: in_memory(data) for name, data in files.items()}
+        stdin, seccomp = in_memory(stdin), in_memory(seccomp_filter() if sandbox else b"")
+        info, info_write = os.pipe()
+        stack.callback(os.close, info)
+        how = {"env": {}, "cwd": "/"}
+        if sandbox:
+            command = [shutil.which("bwrap"), *sandbox_command(shell, fds, fds.values(), info_write, seccomp)[1:]]
+            if os.geteuid() == 0:  # the process limit does not hold for root, not even inside a user namespace
+                how |= {"user": 65534, "group": 65534, "extra_groups": []}
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            for name, data in files.items():
+                with open(os.path.join(folder, name), "wb", opener=lambda p, flags: os.open(p, flags, 0o755)) as f:
+                    f.write(data)
+            command, how = ["sh", "-c", shell], {"cwd": folder, "start_new_session": True}
+        process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   pass_fds=[*fds.values(), seccomp, info_write], **how)
+        os.close(info_write)
+        first = process.pid
+        try:
+            if sandbox:
+                told = b""
+                while not told.endswith(b"}\n") and (piece := os.read(info, 4096)):
+                    told += piece
+                if not told:
+                    raise RuntimeError("bubblewrap did not start")
+                first = json.loads(told)["child-pid"]  # process 1 of the sandbox, by its number out here
+            return Run(*watch(process, first, seconds, memory))
+        finally:
+            if not sandbox:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            elif process.poll() is None:
+                kill_tree(process.pid) if first == process.pid else os.kill(first, signal.SIGKILL)
+            process.wait()  # bubblewrap ends once the kernel has ended all processes of the sandbox
+            process.stdout.close()
+
+
+def watch(process, first, seconds, memory):
+    """(how it ended, its output) of a running program: reads what it prints until it ends or breaks a limit."""
+    output, open_, deadline, looked = bytearray(), True, time.monotonic() + seconds, 0.0
+    poll = select.poll()
+    poll.register(process.stdout, select.POLLIN)
+    while True:
+        if open_ and poll.poll(20):
+            chunk = os.read(process.stdout.fileno(), 1 << 20)
+            output += chunk
+            open_ = bool(chunk)
+        elif not open_:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return "failed" if process.wait(0.02) else "ok", bytes(output)
+        now = time.monotonic()
+        if now > deadline:
+            return "timeout", b""
+        if len(output) > OUTPUT_BYTES:
+            return "output", b""
+        if now - looked > 0.02:
+            looked = now
+            if resident(first) > memory * 2**30:
+                return "memory", b""
+
+
+def descendants(pid):
+    """The ids of a process and of all that descend from it."""
+    waiting = [pid]
+    while waiting:
+        yield (pid := waiting.pop())
+        for path in glob.glob(f"/proc/{pid}/task/*/children"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(path) as f:  # it may have ended meanwhile
+                waiting += map(int, f.read().split())
+
+
+def resident(pid):
+    """Bytes of resident memory of a process and all its descendants; what they share is counted for each."""
+    pages = 0
+    for pid in descendants(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/statm") as f:
+            pages += int(f.read().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def kill_tree(pid):
+    """Kills a process and its descendants. Stopped first, so that it starts no more of them."""
+    os.kill(pid, signal.SIGSTOP)
+    for pid in list(descendants(pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def check_sandbox():
+    """Ends the program with what to install or allow if bubblewrap cannot be used here."""
+    refuse = "; --unsafe_no_sandbox would run model-written programs WITH ALL YOUR RIGHTS"
+    if shutil.which("bwrap") is None:
+        fail(f"--mode code needs bubblewrap: apt-get install bubblewrap{refuse}")
+    if not os.path.exists("/usr/bin/prlimit") or not installed(LANGUAGES[0]):
+        fail("--mode code needs /usr/bin/prlimit and /usr/bin/python3: apt-get install util-linux python3")
+    if platform.machine() not in FORBIDDEN:
+        fail(f"--mode code: the sandbox knows {' and '.join(FORBIDDEN)}, this machine is {platform.machine()}{refuse}")
+    try:
+        works = run_program("cat", {}, b"ok", seconds=10).output == b"ok"
+    except RuntimeError:
+        works = False
+    if not works:
+        fail("--mode code: bubblewrap is installed but makes no sandbox here; it must be 0.8 or newer and may need user "
+             "namespaces allowed (sysctl kernel.apparmor_restrict_unprivileged_userns=0; for a container docker run "
+             f"--security-opt seccomp=unconfined --security-opt systempaths=unconfined){refuse}")
+
+
+def judge_program(language, source, tests, seconds, memory, sandbox):
+    """'1', '0' or 'late' (too slow) of a program on its tests, one sandbox for each; the first that fails decides."""
+    language = Language(*language)
+    files = {language.file: source.encode("utf-8", "replace")}
+    how = {"memory": memory, "sandbox": sandbox, "address_space": language.address_space}
+    if language.compile:
+        result = run_program(f"{{ {language.compile}; }} >/dev/null && cat program", files, seconds=COMPILE_SECONDS,
+                             processes=max(32, language.processes), **how)
+        if result.ended != "ok":
+            return "late" if result.ended == "timeout" else "0"
+        files = {"program": result.output}
+    shell = language.run.replace("{mb}", str(int(memory * 512)))
+    if tests["entry_point"]:
+        if language.file != "main.py":
+            return "0"
+        shell, files = "python3 -I driver.py", {**files, "driver.py": DRIVER.encode()}
+    seconds = tests["seconds"] or seconds
+    deadline = time.monotonic() + ALL_TESTS * seconds
+    for given, expected in tests["cases"]:
+        if time.monotonic() > deadline:
+            return "late"
+        result = run_program(shell, files, given.encode("utf-8", "replace"), seconds, processes=language.processes, **how)
+        if result.ended != "ok":
+            return "late" if result.ended == "timeout" else "0"
+        same_output = same_result if tests["entry_point"] else same_text
+        if not same_output(result.output.decode("utf-8", "replace"), expected, tests["tolerance"]):
+            return "0"
+    return "1"
+
+
+def same_text(output, expected, tolerance=None):
+    """Line by line, trailing blanks ignored; with a tolerance, numbers may differ by so much, absolutely or relatively."""
+    mine, theirs = ([line.rstrip() for line in text.rstrip().splitlines()] for text in (output, expected))
+    if mine == theirs or tolerance is None:
+        return mine == theirs
+    mine, theirs = ([line.split() for line in lines] for lines in (mine, theirs))
+    return list(map(len, mine)) == list(map(len, theirs)) and all(
+        a == b or near(a, b, tolerance) for x, y in zip(mine, theirs) for a, b in zip(x, y))
+
+
+def near(a, b, tolerance):
+    """Whether two words are finite decimal numbers that differ by no more than the tolerance, absolutely or relatively."""
+    plain = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?")
+    return bool(plain.fullmatch(a) and plain.fullmatch(b)) and abs(float(a) - float(b)) <= tolerance * max(1, abs(float(b)))
+
+
+def same_result(output, expected, tolerance=None):
+    """As `same_text`, for the JSON of a function's result; 1, 1.0 and true are three different things."""
+    def equal(a, b):
+        if isinstance(a, list) and isinstance(b, list):
+            return len(a) == len(b) and all(map(equal, a, b))
+        if isinstance(a, dict) and isinstance(b, dict):
+            return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+        if tolerance is not None and type(a) in (int, float) and type(b) in (int, float):
+            return near(str(a), str(b), tolerance)
+        return type(a) is type(b) and a == b
+    try:
+        return equal(json.loads(output), json.loads(expected))
+    except (ValueError, RecursionError):
+        return False
+
+
+# What the rows of data sets call their tests.
+TEST_FIELDS = ("official_tests", "tests", "public_test_cases", "examples", "input_output", "test")
+
+
+def code_tests(row):
+    """
+    (tests, None) or (None, why there are none) of a row. tests: cases, a list of [input, expected output]; entry_point,
+    None or the function to call, then each input is JSON [entry_point, args, kwargs] and each output JSON; seconds and
+    tolerance, None where the problem does not state them.
+    """
+    if row.get("generated_checker") or row.get("checker"):
+        return None, "several outputs are right (it has a checker of its own)"
+    if row.get("input_mode") == "file":
+        return None, "its programs read files"
+    entry = row.get("entry_point")
+    if entry is not None and not (isinstance(entry, str) and re.fullmatch(r"(?:[A-Za-z_]\w*\(\)\.)?[A-Za-z_]\w*", entry)):
+        return None, "field 'entry_point' names no function"
+    cases, why = [], "no tests"
+    for field in TEST_FIELDS:
+        value = row.get(field)
+        if value is None or value == "" or value == []:
+            continue
+        try:
+            found = read_cases(value, entry)
+        except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
+            found = []
+        cases += [case for case in found if case not in cases]
+        why = why if found else f"field '{field}' gives no test"
+    stated = re.search(r"(?:absolute|relative)[^.]{0,40}error[^.]{0,80}?(?:10\s*\^\s*\{?\s*[-−–]\s*(\d+)|1e-(\d+))",
+                       str(next((row[k] for k in PROBLEM_FIELDS if row.get(k)), "")) + str(row.get("output_format") or ""))
+    tolerance = row.get("tolerance") if isinstance(row.get("tolerance"), (int, float)) else None
+    if tolerance is None and stated:
+        tolerance = 10.0 ** -int(stated[1] or stated[2])
+    stated = row.get("time_limit")
+    seconds = min(stated, 60.0) if isinstance(stated, (int, float)) and stated > 0 else None
+    tests = {"cases": cases, "entry_point": entry, "seconds": seconds, "tolerance": tolerance}
+    return (tests, None) if cases else (None, why)
+
+
+def read_cases(value, entry):
+    """[[input, expected], ...] of one field: a list of pairs, two columns, JSON of either, or a function's asserts."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return read_asserts(value, entry) if entry else []
+    if isinstance(value, dict):
+        inputs = value.get("input", value.get("inputs"))
+        outputs = value.get("output", value.get("outputs"))
+        if len(inputs) != len(outputs) or isinstance(inputs, str):
+            return []
+        value = [{"input": i, "output": o} for i, o in zip(inputs, outputs)]
+    cases = []
+    for case in value:
+        given, expected = case["input"], case["output"]
+        if entry:
+            args, kwargs = arguments(given)
+            cases.append([json.dumps([entry, args, kwargs]), json.dumps(literal(expected))])
+            continue
+        given, expected = ("\n".join(map(str, x)) if isinstance(x, list) else x for x in (given, expected))
+        if isinstance(given, str) and isinstance(expected, str) and not given.rstrip().endswith("..."):  # cut short
+            cases.append([given, expected])
+    return cases
+
+
+def arguments(given):
+    """(args, kwargs) of a function test's input: a list, a dict, 'nums = [1], k = 2', or a JSON value per line."""
+    if isinstance(given, dict):
+        return [], given
+    if isinstance(given, list):
+        return given, {}
+    if re.match(r"\s*[A-Za-z_]\w*\s*=", given):
+        call = ast.parse(f"f({given})", mode="eval").body
+        return [], {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    return [json.loads(line) for line in given.splitlines() if line.strip()], {}
+
+
+def literal(text):
+    """A value from its JSON or Python text; anything but text is itself."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return ast.literal_eval(text)
+
+
+def read_asserts(text, entry):
+    """The cases of `assert candidate(1, k=2) == 3` lines; others are left out, and all if one cannot be read."""
+    cases = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Assert):
+            call, expected = node.test.left, node.test.comparators[0]
+            if not isinstance(node.test.ops[0], ast.Eq) or call.func.id not in ("candidate", entry):
+                raise ValueError("an assert of another form")
+            cases.append([json.dumps([entry, [ast.literal_eval(a) for a in call.args],
+                                      {k.arg: ast.literal_eval(k.value) for k in call.keywords}]),
+                          json.dumps(ast.literal_eval(expected))])
+    return cases
+
+
 # ------------------------------------------------------------------------------------------------------- verdicts
+
+
+UNSAFE = "MODEL-WRITTEN PROGRAMS RUN WITH ALL YOUR RIGHTS: THEY CAN READ, CHANGE AND DELETE YOUR FILES AND USE YOUR NETWORK"
 
 
 class Verdict(NamedTuple):
@@ -378,36 +1323,27 @@ class Verdict(NamedTuple):
     reason: str  # right, wrong, no answer, timeout, crash
 
 
-def boxed_for_parser(answer):
-    """An answer as math-verify reads it best: in one \\boxed{}, no dollars, 4.5e33 as a power of ten."""
-    answer = re.sub(r"(?<!\\)\$", "", answer)
-    answer = re.sub(r"(?<![\w\\.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)", r"\1 \\times 10^{\2}", answer)
-    return f"\\boxed{{{answer}}}"
-
-
 def worker():
-    """The judge's worker process: one JSON line in ([gold, answer or null]), one line out (1 or 0), until stdin ends."""
-    import logging
+    """
+    The judge's worker process, until stdin ends. One JSON line in, [seconds it may take, function, arguments], where
+    function is gold_kind, right_answer or judge_program; one line out: what it returns, or 'bad' for a gold answer that
+    cannot be read.
+    """
     import resource
-    limit, memory = float(sys.argv[2]), float(sys.argv[3])
-    resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2**30),) * 2)
-    logging.disable(logging.WARNING)  # math-verify warns that its own time-outs are off; ours are outside
-    import math_verify
-    configs = (math_verify.LatexExtractionConfig(boxed_match_priority=0), math_verify.ExprExtractionConfig())
-
-    def parse(answer):
-        return math_verify.parse(boxed_for_parser(answer), configs, parsing_timeout=None)
-
+    resource.setrlimit(resource.RLIMIT_AS, (int(float(sys.argv[2]) * 2**30), resource.RLIM_INFINITY))
+    sys.set_int_max_str_digits(20_000)
+    expression("x")  # imports the parser
     print("ready", flush=True)
     for line in sys.stdin:
-        gold, answer = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, limit + 1)  # SIGALRM's default ends the process, should the parent be gone
-        if answer is None:
-            ok = bool(parse(gold))
+        seconds, function, arguments = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # its default ends the process, should the parent be gone
+        if function == "judge_program":
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)  # programs have a limit of their own
+            reply = judge_program(*arguments)
         else:
-            ok = math_verify.verify(parse(gold), parse(answer), timeout_seconds=None)
+            reply = right_answer(*arguments) if function == "right_answer" else gold_kind(*arguments)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(int(ok), flush=True)
+        print(reply, flush=True)
 
 
 class Judge:
@@ -416,19 +1352,22 @@ class Judge:
     killed and replaced; its answer counts as wrong, with the reason 'timeout' or 'crash'. math-verify's own time-outs
     need signals and the main thread; these need neither, so a Judge may be used from any thread and any rank.
 
-    workers: processes (default: the cores, shared among the ranks of this node). limit: seconds a verdict may take.
-    memory: GiB of address space a worker may have.
+    workers: processes (default: the cores, shared among the ranks of this node). limit: seconds a verdict may take; for
+    a program, seconds of one test whose problem states none. memory: GiB of address space of a worker. program_memory:
+    GiB that a program may have. sandbox=False runs programs without any protection.
     """
 
-    def __init__(self, workers=None, limit=5.0, memory=4.0):
+    def __init__(self, workers=None, limit=5.0, memory=4.0, program_memory=1.0, sandbox=True):
+        if not sandbox and os.environ.get("RANK", "0") == "0":
+            print(f"--unsafe_no_sandbox: {UNSAFE}", flush=True)
         workers = workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.limit, self.memory, self.known = limit, memory, {}
-        self.local, self.lock, self.processes = threading.local(), threading.Lock(), set()
+        self.limit, self.memory, self.program_memory, self.sandbox = limit, memory, program_memory, sandbox
+        self.known, self.local, self.lock, self.processes = {}, threading.local(), threading.Lock(), set()
         self.spare = [self.start() for _ in range(workers)]  # all at once: their imports take a second
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")
 
     def start(self):
-        command = [sys.executable, os.path.abspath(__file__), "--worker", str(self.limit), str(self.memory)]
+        command = [sys.executable, os.path.abspath(__file__), "--worker", str(self.memory)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                    env={**os.environ, "OMP_NUM_THREADS": "1"})
         process.is_ready = False
@@ -436,11 +1375,8 @@ class Judge:
             self.processes.add(process)
         return process
 
-    def ask(self, gold, answer):
-        """'1', '0', 'timeout' or 'crash'; one worker process per thread of the pool."""
-        key = (gold, answer)
-        if key in self.known:
-            return self.known[key]
+    def ask(self, function, arguments, seconds):
+        """What a worker replies, or 'timeout' or 'crash'; one worker process per thread of the pool."""
         process = getattr(self.local, "process", None)
         if process is None:
             with self.lock:
@@ -451,16 +1387,14 @@ class Judge:
                 raise RuntimeError(f"a judge worker did not start; run this to see why: {' '.join(process.args)}")
             process.is_ready = True
         try:
-            process.stdin.write((json.dumps([gold, answer]) + "\n").encode())
+            process.stdin.write((json.dumps([seconds, function, arguments]) + "\n").encode())
             process.stdin.flush()
-            reply = self.read(process, self.limit)
+            reply = self.read(process, seconds)
         except BrokenPipeError:
             reply = "crash"
         if reply in ("timeout", "crash"):
             self.stop(process)
             self.local.process = None
-        elif len(gold) + len(answer or "") < 200:
-            self.known[key] = reply  # a pure function of two short strings, asked again for every sample of a problem
         return reply
 
     def read(self, process, seconds):
@@ -471,33 +1405,54 @@ class Judge:
         return process.stdout.readline().decode().strip() or "crash"
 
     def stop(self, process):
-        process.kill()
+        kill_tree(process.pid)  # bubblewrap itself, killed while it sets up, would leave a child that waits for ever
         process.wait()
         process.stdin = process.stdout = None
         with self.lock:
             self.processes.discard(process)
 
     def submit(self, problem, response):
-        """A Future of the Verdict on a response (text). Only its last \\boxed{} counts; without one it is wrong."""
-        answer = last_boxed(response)
-        if answer is None or len(answer) > 10_000:  # nobody's final answer is 10,000 characters long
+        """
+        A Future of the Verdict on a response (text). Only its last \\boxed{} counts, for code its last fenced block;
+        without one it is wrong.
+        """
+        answer = last_program(response) if problem.mode == "code" else last_boxed(response)
+        if answer is None:
             done = Future()
             done.set_result(Verdict(False, "no answer"))
             return done
-        return self.pool.submit(self.verdict, problem.answer, answer)
+        return self.pool.submit(self.verdict_code if problem.mode == "code" else self.verdict, problem, answer)
 
-    def verdict(self, gold, answer):
-        reply = self.ask(gold, answer)
-        return Verdict(reply == "1", {"1": "right", "0": "wrong"}.get(reply, reply))
+    def verdict(self, problem, answer):
+        """The Verdict on the inside of a \\boxed{}."""
+        key = problem.answer, answer
+        if len(answer) > 10_000:  # nobody's final answer is that long
+            return Verdict(False, "wrong")
+        if key not in self.known:
+            reply = self.ask("right_answer", key, self.limit)
+            verdict = Verdict(reply == "True", {"True": "right", "False": "wrong"}.get(reply, reply))
+            if len(answer) > 200 or verdict.reason in ("timeout", "crash"):
+                return verdict
+            self.known[key] = verdict  # a pure function of two short strings, asked again for every sample of a problem
+        return self.known[key]
+
+    def verdict_code(self, problem, program):
+        """The Verdict on a program (Language, source)."""
+        most = COMPILE_SECONDS + 10 + (ALL_TESTS + 1) * (problem.tests["seconds"] or self.limit)
+        reply = self.ask("judge_program", [*program, problem.tests, self.limit, self.program_memory, self.sandbox], most)
+        return Verdict(reply == "1", {"1": "right", "0": "wrong", "late": "timeout"}.get(reply, reply))
 
     def __call__(self, problems, responses):
         """Verdicts of responses[i] to problems[i], in order."""
         return [f.result() for f in [self.submit(p, r) for p, r in zip(problems, responses, strict=True)]]
 
     def parse_golds(self, problems):
-        """For each problem None, or the reason why its gold answer cannot be used."""
-        replies = self.pool.map(lambda p: self.ask(p.answer, None), problems)
-        return [None if r == "1" else f"gold cannot be parsed{'' if r == '0' else f' ({r})'}" for r in replies]
+        """Sets the kind of each problem's answer. For each None, or the reason why its gold answer cannot be used."""
+        kinds = list(self.pool.map(lambda p: self.ask("gold_kind", [p.answer], self.limit), problems))
+        for problem, kind in zip(problems, kinds):
+            problem.kind = kind
+        return [{"bad": "gold cannot be parsed"}.get(kind, f"gold cannot be parsed ({kind})")
+                if kind in ("bad", "timeout", "crash") else None for kind in kinds]
 
     def close(self):
         self.pool.shutdown()
@@ -520,29 +1475,39 @@ def main():
     parser.add_argument("--responses", help="responses.jsonl of srt.py: judge it again and print what changed")
     parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data")
     parser.add_argument("--mode", choices=sorted(INSTRUCTION), default="math")
+    parser.add_argument("--judge_seconds", type=float, default=5.0, help="limit of one verdict; for code, of one test")
+    parser.add_argument("--unsafe_no_sandbox", action="store_true", help=UNSAFE)
     args = parser.parse_args()
-    with Judge() as judge:
+    with Judge(limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox) as judge:
         problems, dropped = load_problems(args.data, judge, args.mode, args.range_)
-        print(f"{args.data}: {len(problems)} kept, {sum(dropped.values())} dropped"
-              + "".join(f"\n  {count:6d}  {why}" for why, count in dropped.most_common()))
-        if not args.responses:
-            return
-        by_id = {problem.id: problem for problem in problems}
-        asked, unknown = [], set()
-        for line, row in read_jsonl(args.responses, torn_ok=True):
-            need(row, args.responses, line, y_init=str, y_init_correct=bool)
-            if str(row.get("id")) not in by_id:
-                unknown.add(str(row.get("id")))
-                continue
-            which = "y_init" if row.get("revision") is None else "y_revised"
-            asked.append((line, by_id[str(row["id"])], which, row[which], row[f"{which}_correct"]))
-        verdicts = judge([a[1] for a in asked], [a[3] for a in asked])
-        changed = [(a, v) for a, v in zip(asked, verdicts) if v.correct != a[4]]
-        for (line, problem, which, _, before), verdict in changed:
-            print(f"  {args.responses}:{line}: {which} of {problem.id}: {'right' if before else 'wrong'} -> {verdict.reason}")
-        counts = Counter(v.reason for v in verdicts)
-        print(f"{args.responses}: {len(asked)} judged ({', '.join(f'{n} {why}' for why, n in counts.most_common())}), "
-              f"{len(changed)} changed, {len(unknown)} ids not in the data")
+        print(f"{args.data}: {len(problems)} kept, {sum(dropped.values())} dropped")
+        for kind, count in Counter(problem.kind for problem in problems).most_common():
+            print(f"  {count:6d}  kept     {kind}")
+        for why, count in dropped.most_common():
+            print(f"  {count:6d}  dropped  {why}")
+        if args.responses:
+            judge_again(args.responses, {problem.id: problem for problem in problems}, judge)
+
+
+def judge_again(path, by_id, judge):
+    """Judges the last response of each row of a responses.jsonl anew and prints where the verdict is another one."""
+    asked, unknown = [], set()
+    for line, row in read_jsonl(path):
+        which = "y_init" if row.get("revision") is None else "y_revised"
+        need(row, path, line, **{"id": str, which: str, f"{which}_correct": bool})
+        if row["id"] in by_id:
+            asked.append((line, by_id[row["id"]], which, row[which], row[f"{which}_correct"]))
+        else:
+            unknown.add(row["id"])
+    if not asked:
+        fail(f"{path}: no response to a problem of --data; {len(unknown)} ids that are not in the data")
+    verdicts = judge([a[1] for a in asked], [a[3] for a in asked])
+    changed = [(a, v) for a, v in zip(asked, verdicts) if v.correct != a[4]]
+    for (line, problem, which, _, before), verdict in changed:
+        print(f"  {path}:{line}: {which} of {problem.id}: {'right' if before else 'wrong'} -> {verdict.reason}")
+    counts = Counter(v.reason for v in verdicts)
+    print(f"{path}: {len(asked)} judged ({', '.join(f'{n} {why}' for why, n in counts.most_common())}), "
+          f"{len(changed)} changed, {len(unknown)} ids not in the data")
 
 
 if __name__ == "__main__":

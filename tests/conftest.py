@@ -15,6 +15,16 @@ import pytest
 SHARED = REPO.parent / "shared"
 
 
+def pytest_collection_modifyitems(items):
+    """With `-n 2 --dist loadgroup`: a file's tests share a process and its fixtures; all tests of the sandbox share one,
+    for they count the processes of the machine. The longest files first, vLLM's last: it changes transformers' classes."""
+    order = ["test_scripts", "test_survive", "", "test_vllm"]
+    for item in items:
+        name = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("sandbox" if name.startswith("test_code") else name))
+    items.sort(key=lambda item: order.index(item.path.stem if item.path.stem in order else ""))
+
+
 def run(script, *args, nproc=0, ok=True, seconds=300, env=None):
     """Runs a script as a user would, alone or under torchrun; returns the CompletedProcess."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)] if nproc else [sys.executable]
@@ -84,9 +94,9 @@ def d_revision(qwen, problems_file, tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks():
-    """A process group of this process alone, as `python x.py` has it."""
+    """A process group of this process alone, as `python x.py` has it; ends with the module, for tests that fork."""
     import torch.distributed as dist
     import verify
     yield verify.launch()

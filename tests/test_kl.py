@@ -29,7 +29,7 @@ def inputs(seed=0, scale=1.0, hidden_t=H):
     return make(N, H), make(V, H), make(N, hidden_t), make(V, hidden_t), torch.rand(N, generator=g, dtype=torch.float64)
 
 
-def both(kind, topk=0, chunk=0, scale=1.0, weight=None, hidden_t=H):
+def both(kind, topk=0, chunk=0, scale=1.0, weight=None, hidden_t=H, compile=False):
     """(loss, per token, dhidden, dhead) of kl.py in fp32 and of the reference in fp64."""
     hs, ws, ht, wt, w = inputs(scale=scale, hidden_t=hidden_t)
     w = w if weight is None else weight
@@ -37,7 +37,7 @@ def both(kind, topk=0, chunk=0, scale=1.0, weight=None, hidden_t=H):
     for dtype in (torch.float32, torch.float64):
         a, b = hs.to(dtype).requires_grad_(), ws.to(dtype).requires_grad_()
         if dtype == torch.float32:
-            loss, each, _ = kl.chunked_kl(a, b, ht.float(), wt.float(), w.float(), kind, topk, chunk=chunk)
+            loss, each, _ = kl.chunked_kl(a, b, ht.float(), wt.float(), w.float(), kind, topk, chunk=chunk, compile=compile)
         else:
             each = reference(a @ b.T, ht @ wt.T, kind, topk)
             loss = (each * w).sum()
@@ -105,6 +105,12 @@ def test_extreme_logits(kind):
     want = reference(s.double().requires_grad_(), t.double(), kind)
     assert torch.isfinite(value).all() and torch.isfinite(grad).all()
     assert torch.allclose(value.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", kl.KINDS)
+def test_compiled(kind):
+    """The compiled tile, as CUDA has it, with a last chunk of another size."""
+    close(*both(kind, chunk=9, compile=True))
 
 
 def test_teacher_of_another_width():

