@@ -32,7 +32,7 @@ import sft
 import srt
 import verify
 from kl import KINDS, chunked_kl
-from verify import fail, natural, number, positive, share
+from verify import fail, natural, positive, share, within
 
 # flags that a run that goes on may change: none of them changes the objective or what a step is made of
 FREE = ("steps lr warmup weight_decay clip val_every save_every max_sync_gap micro_tokens dtype attn checkpointing compile "
@@ -177,12 +177,12 @@ def parse_args():
     parser.add_argument("--steps", type=natural, default=400)
     parser.add_argument("--batch", type=natural, default=128, help="prompts of a step, over all ranks; one y each")
     parser.add_argument("--lr", type=positive, default=5e-6)
-    parser.add_argument("--warmup", type=number(int, 0), default=20, help="steps of linear warmup; constant after")
-    parser.add_argument("--weight_decay", type=number(float, 0), default=0.01)
+    parser.add_argument("--warmup", type=within(int, 0), default=20, help="steps of linear warmup; constant after")
+    parser.add_argument("--weight_decay", type=within(float, 0), default=0.01)
     parser.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm")
     parser.add_argument("--kl", choices=KINDS, default="reverse")
-    parser.add_argument("--topk", type=number(int, 0), default=0, help="renormalise over the teacher's k largest logits; 0: exact")
-    parser.add_argument("--sync_every", type=number(int, 0), default=0, help="set the teacher to the student so often; 0: frozen")
+    parser.add_argument("--topk", type=within(int, 0), default=0, help="renormalise over the teacher's k largest logits; 0: exact")
+    parser.add_argument("--sync_every", type=within(int, 0), default=0, help="set the teacher to the student so often; 0: frozen")
     # sampling
     parser.add_argument("--max_tokens", type=natural, default=8192, help="per response")
     parser.add_argument("--max_teacher_len", type=natural, default=32768, help="of x, y, P_r, y; both y are cut to fit")

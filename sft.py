@@ -44,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 
 import verify
 from kl import chunked_ce
-from verify import fail, natural, number, positive
+from verify import fail, natural, positive, within
 
 # flags that a run that goes on may change: none of them moves a row to another step
 FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype attn checkpointing compile"
@@ -546,7 +546,7 @@ def parse_args():
     parser.add_argument("--max_len", type=natural, default=32768, help="longer rows are dropped")
     parser.add_argument("--lr", type=positive, default=5e-6)
     parser.add_argument("--stage2_lr", type=positive, help="default: --lr")
-    parser.add_argument("--weight_decay", type=number(float, 0), default=1e-4)
+    parser.add_argument("--weight_decay", type=within(float, 0), default=1e-4)
     parser.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm")
     parser.add_argument("--save_every", type=natural, default=100, help="steps between states to go on from")
     parser.add_argument("--no_clean", action="store_true", help="leave repeating tails and flattering openings")

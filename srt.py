@@ -33,7 +33,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import verify
-from verify import fail, natural, number, positive, share
+from verify import fail, natural, positive, share, within
 
 # flags that a run that goes on may change: they decide neither what is asked nor how it is sampled
 FREE = "target engine dtype vllm_memory judge_seconds unsafe_no_sandbox"
@@ -325,11 +325,11 @@ def parse_args():
     parser.add_argument("--eval", action="store_true", help="keep nothing: measure only; --num_revisions is 0 unless given")
     # how much
     parser.add_argument("--num_responses", type=natural, default=1, help="y_init per problem")
-    parser.add_argument("--num_revisions", type=number(int, 0), help="y_revised per y_init (default 3; with --eval 0)")
+    parser.add_argument("--num_revisions", type=within(int, 0), help="y_revised per y_init (default 3; with --eval 0)")
     parser.add_argument("--revise_correct", type=int, choices=(0, 1), default=1, help="revise right y_init too")
-    parser.add_argument("--target", type=number(int, 0), help="stop when so many tuples are kept (default 6000); 0: no limit")
+    parser.add_argument("--target", type=within(int, 0), help="stop when so many tuples are kept (default 6000); 0: no limit")
     # sampling
-    parser.add_argument("--temperature", type=number(float, 0), default=1.0)
+    parser.add_argument("--temperature", type=within(float, 0), default=1.0)
     parser.add_argument("--top_p", type=share, default=0.9)
     parser.add_argument("--max_tokens", type=natural, default=16384, help="per response")
     parser.add_argument("--seed", type=int, default=0)

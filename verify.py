@@ -130,7 +130,7 @@ def write_atomically(path, text):
     os.replace(path + ".tmp", path)
 
 
-def number(kind, low, high=sys.maxsize, above=False):
+def within(kind, low, high=sys.maxsize, above=False):
     """An argparse type: a number within [low, high], or with `above` in (low, high]."""
     def parse(text):
         value = kind(text)
@@ -142,7 +142,7 @@ def number(kind, low, high=sys.maxsize, above=False):
     return parse
 
 
-natural, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1, above=True)
+natural, positive, share = within(int, 1), within(float, 0, above=True), within(float, 0, 1, above=True)
 
 
 # ------------------------------------------------------------------------------------------------------- problems
