@@ -1,6 +1,7 @@
 # make demo   a base model, RFT, SRT and SD-Zero at toy scale, from scratch: a table and runs/demo/report.png
 # make test   the tests
 # make bench  speed, as ratios in one run (the GPU parts need a GPU)
+# make chaos  30 runs of the scripts, killed at random moments and resumed: about 20 minutes
 # Each sets up .venv first: the full stack where nvidia-smi finds a GPU, else one without CUDA.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ STACK := $(if $(GPU),requirements.txt,requirements-cpu.txt)
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 
-.PHONY: demo test bench setup
+.PHONY: demo test bench chaos setup
 setup: .venv/.done-$(STACK)
 
 .venv/.done-requirements.txt: requirements.txt
@@ -34,6 +35,9 @@ test: setup
 
 bench: setup
 	for bench in tests/bench_*.py; do echo "== $$bench"; $(PY) $$bench || exit 1; done
+
+chaos: setup
+	$(PY) tests/chaos.py --runs 30 --seed 0
 
 # ------------------------------------------------------------------------------------------------------------ demo
 # The real scripts by their command lines. The engine is transformers on every machine: at 0.2 M parameters its batches are

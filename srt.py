@@ -159,12 +159,13 @@ class VLLMSampler(Sampler):
         from vllm import LLM
         from transformers import AutoConfig
         self.max_len = min(max_len, AutoConfig.from_pretrained(model).max_position_embeddings)
-        self.in_flight = 2 * max_seqs
-        self.on_cpu = device.type == "cpu"
+        self.in_flight, self.on_cpu = 2 * max_seqs, device.type == "cpu"
         self.end_ids = tokenizer.end_ids
         self.llm = LLM(model, tensor_parallel_size=1, max_model_len=self.max_len, max_num_seqs=max_seqs, seed=0,
                        dtype=str(dtype).removeprefix("torch."), gpu_memory_utilization=memory,
-                       enforce_eager=eager or device.type == "cpu", generation_config="vllm",
+                       enforce_eager=eager or self.on_cpu, generation_config="vllm",
+                       # on a CPU a prompt in two parts and a seed of its own do not go together (vLLM 0.32)
+                       **(dict(enable_chunked_prefill=False, max_num_batched_tokens=max(8192, self.max_len)) if self.on_cpu else {}),
                        distributed_executor_backend="external_launcher" if dist.get_world_size() > 1 else None)
 
     def stream(self, pull, max_tokens, temperature=1.0, top_p=1.0):
