@@ -8,15 +8,19 @@ peak memory of one SFT step and one teacher forward on 16,384 packed tokens in 4
 `make_shape` also serves by itself to run the real scripts at that size: python tests/bench_step.py --make FOLDER
 """
 import argparse
+import math
+import random
 import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sft
+import srt
 import verify
 from kl import chunked_ce
 
@@ -50,16 +54,78 @@ def make_shape(folder, shape):
     tokenizer.save_pretrained(folder)
 
 
-def measure(step, repeats):
-    """Seconds of one step after two for warm-up, and peak GiB."""
+def measure(step, batches, warm_up=2):
+    """Seconds of step(batch), the mean over `batches` after the first few for warm-up, and peak GiB."""
     sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    step(), step(), sync()
+    for batch in batches[:warm_up]:
+        step(batch)
+    sync()
     sft.peak_gb()
     start = time.perf_counter()
-    for _ in range(repeats):
-        step()
+    for batch in batches:
+        step(batch)
     sync()
-    return (time.perf_counter() - start) / repeats, sft.peak_gb()
+    return (time.perf_counter() - start) / len(batches), sft.peak_gb()
+
+
+def draw_lengths(number, longest, seed):
+    """Lengths of responses: log-normal, median 600, 95 % below 2,000 (for `longest` 2,048; in proportion else)."""
+    rng = random.Random(seed)
+    return [max(1, min(longest, round(rng.lognormvariate(math.log(600), math.log(2000 / 600) / 1.645) * longest / 2048)))
+            for _ in range(number)]
+
+
+def fixed_loss(model, ranks):
+    """Loss of eight rows that are the same for every number of ranks."""
+    generator = torch.Generator().manual_seed(7)
+    rows = torch.randint(4, model.config.vocab_size, (8, 512), generator=generator).tolist()[ranks.rank::ranks.world]
+    batch = sft.make_batch(rows, ranks.device)
+    select = torch.arange(len(batch.ids), device=ranks.device)
+    with torch.no_grad():
+        loss, _, _ = model(batch, select, lambda hidden, head: chunked_ce(
+            hidden, head, batch.ids.roll(-1), torch.full((len(select),), 1 / 4096, device=ranks.device)))
+    dist.all_reduce(loss)
+    return loss.item()
+
+
+def time_state(folder, tensors, ranks):
+    """Seconds to write and to read back a training state, and its size."""
+    start = time.perf_counter()
+    sft.save_state(folder, 0, tensors, {})
+    saved = time.perf_counter()
+    dcp.load(tensors, checkpoint_id=sft.states(folder)[-1])
+    loaded = time.perf_counter()
+    if ranks.rank == 0:
+        size = sum(f.stat().st_size for f in Path(sft.states(folder)[-1]).iterdir())
+        print(f"state: {size / 2**30:.1f} GiB, saved in {saved - start:.1f} s, loaded in {loaded - saved:.1f} s", flush=True)
+
+
+def compare_sampler(path, ranks, number=512, tokens=512):
+    """Tokens per second of srt.py's stream and of a bare LLM.generate on the same prompts with the same parameters."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+    tokenizer = verify.load_tokenizer(path)
+    sampler = srt.VLLMSampler(path, tokenizer, 128 + tokens, ranks.device, torch.bfloat16, memory=0.5)
+    prompts = torch.randint(1000, len(tokenizer), (number, 128)).tolist()
+
+    def stream():
+        return sum(len(sample.ids) for sample in sampler.generate(prompts, range(number), max_tokens=tokens))
+
+    def bare():
+        params = [SamplingParams(max_tokens=tokens, temperature=1.0, seed=seed, stop_token_ids=tokenizer.end_ids, logprobs=0,
+                                 detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY) for seed in range(number)]
+        outputs = sampler.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    speed = {"stream": [], "bare": []}
+    for name, run in (("bare", bare), ("stream", stream), ("bare", bare), ("stream", stream)):
+        sampler.llm.reset_prefix_cache()
+        start = time.perf_counter()
+        count = run()
+        speed[name].append(count / (time.perf_counter() - start))
+    print(f"{number} prompts of 128, {tokens} tokens each: stream {[round(v) for v in speed['stream']]} tok/s, bare "
+          f"LLM.generate {[round(v) for v in speed['bare']]}, ratio {max(speed['stream']) / max(speed['bare']):.3f}", flush=True)
+    sampler.close()
 
 
 def main():
@@ -69,6 +135,9 @@ def main():
     parser.add_argument("--shape", choices=SHAPES, default="4B" if torch.cuda.is_available() else "tiny")
     parser.add_argument("--rows", type=int, nargs="+", default=[4096] * 4 if torch.cuda.is_available() else [64] * 4)
     parser.add_argument("--only", nargs="+", default=["sft 1 1", "sft 0 1", "teacher 0 1"], help="'kind checkpointing compile'")
+    parser.add_argument("--varied", action="store_true", help="rows of other lengths in each step, as many tokens as --rows")
+    parser.add_argument("--sampler", action="store_true", help="srt.py's sampler against a bare LLM.generate, and stop")
+    parser.add_argument("--state", metavar="FOLDER", help="save and load the state of an sft row there too, timed")
     parser.add_argument("--repeats", type=int, default=4)
     args = parser.parse_args()
     if args.make:
@@ -77,40 +146,56 @@ def main():
     if ranks.rank == 0 and not Path(args.model, "config.json").exists():
         make_shape(args.model, args.shape)
     dist.barrier()
+    if args.sampler:
+        return compare_sampler(args.model, ranks)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     if ranks.rank == 0:
         print(f"{args.shape}, rows {args.rows}, {ranks.world} rank(s), {dtype}, torch {torch.__version__}, "
               f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}")
-        print(f"{'':28s} {'s':>8s} {'tok/s per rank':>15s} {'model TFLOP/s':>14s} {'MFU':>6s} {'peak GiB':>9s}")
+        print(f"{'':28s} {'s':>8s} {'tok/s per rank':>15s} {'model TFLOP/s':>14s} {'MFU':>6s} {'peak GiB':>9s} {'fixed loss':>10s} {'graphs':>7s}")
     for what in args.only:
         kind, checkpointing, compile = what.split()[0], what.split()[1], what.split()[2] == "1"
         model = sft.load_model(args.model, ranks, sft.make_mesh(ranks), dtype, trainable=kind == "sft",
                                checkpointing=checkpointing == "1", compile=compile)
         optimizer = sft.make_optimizer(model, 0.0, (0.9, 0.95)) if kind == "sft" else None
         generator = torch.Generator().manual_seed(ranks.rank)
-        batch = sft.make_batch([torch.randint(4, model.config.vocab_size, (n,), generator=generator).tolist()
-                                for n in args.rows], ranks.device)
-        T = len(batch.ids)
-        select, targets = torch.arange(T, device=ranks.device), batch.ids.roll(-1)
-        weights = torch.full((T,), 1 / T, device=ranks.device)
+        batches = []
+        for number in range(args.repeats):
+            lengths = args.rows
+            if args.varied:  # a bin of the right size, its rows of other lengths in each step
+                lengths = draw_lengths(100, max(args.rows), f"{ranks.rank} {number}")
+                lengths = lengths[:max(k for k in range(100) if sum(lengths[:k]) <= sum(args.rows))]
+            batches.append(sft.make_batch([torch.randint(4, model.config.vocab_size, (n,), generator=generator).tolist()
+                                           for n in lengths], ranks.device))
 
-        def step():
+        def step(batch):
+            T = len(batch.ids)
+            select = torch.arange(T, device=ranks.device)
             if kind == "teacher":
                 with torch.no_grad():
                     return model(batch, select, lambda hidden, head: hidden)
-            model(batch, select, lambda hidden, head: chunked_ce(hidden, head, targets, weights))[0].backward()
+            weights = torch.full((T,), 1 / T, device=ranks.device)
+            model(batch, select, lambda hidden, head: chunked_ce(hidden, head, batch.ids.roll(-1), weights))[0].backward()
             sft.optimizer_step(model, optimizer, 1e-6, 1.0)
 
-        seconds, peak = measure(step, args.repeats)
-        flops = (3 if kind == "sft" else 1) * sft.forward_flops(model.config, args.rows, T if kind == "sft" else 0)
+        loss = fixed_loss(model, ranks) if kind == "sft" else math.nan
+        seconds, peak = measure(step, batches, len(batches) if args.varied else 2)
+        tokens = sum(len(batch.ids) for batch in batches) / len(batches)
+        flops = (3 if kind == "sft" else 1) / len(batches) * sum(sft.forward_flops(
+            model.config, [b - a for a, b in zip(batch.segments, batch.segments[1:])],
+            len(batch.ids) if kind == "sft" else 0) for batch in batches)
         share = sft.mfu(flops, seconds, 1)
         if ranks.rank == 0:
-            print(f"{f'{kind}, checkpointing {checkpointing}, compile {int(compile)}':28s} {seconds:8.3f} {T / seconds:15.0f} "
-                  f"{flops / seconds / 1e12:14.1f} {f'{share:.1%}' if share else '-':>6s} {peak:9.1f}", flush=True)
+            print(f"{f'{kind}, checkpointing {checkpointing}, compile {int(compile)}':28s} {seconds:8.3f} {tokens / seconds:15.0f} "
+                  f"{flops / seconds / 1e12:14.1f} {f'{share:.1%}' if share else '-':>6s} {peak:9.1f} {loss:10.5f} "
+                  f"{torch._dynamo.utils.counters['stats']['unique_graphs']:7d}", flush=True)
+        if args.state and kind == "sft":
+            time_state(args.state, sft.training_state(model, optimizer), ranks)
         del model, optimizer, step
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
     dist.destroy_process_group()
 
 
