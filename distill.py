@@ -268,6 +268,7 @@ def main():
         samples, verdicts = sample_and_judge(
             sampler, judge, tokenizer, [problems[i] for _, i in mine], [prompts[i] for _, i in mine],
             [srt.request_seed(args.seed, step, place, problems[i].id) for place, i in mine], args)
+        sampler.sleep()
         clock.lap("generate")
         correct = [verdict.result().correct for verdict in verdicts]
         clock.lap("judge")

@@ -4,12 +4,14 @@ Exact KL over the whole vocabulary, in chunks of tokens, without ever holding a 
 A 4B model has 151,936 vocabulary entries: the fp32 logits of 8,192 tokens alone are 4.6 GiB, and autograd would keep
 several such tensors for the student and the teacher. Here the loss *and its gradient* are computed in one pass:
 
-  for each chunk of n tokens                                                     (n * V is about 2^27 numbers)
-    1. s = h_student W_student^T,  t = h_teacher W_teacher^T    logits in fp32   [n, V]
-    2. KL(s, t) and dKL/ds in closed form                       softmax algebra  [n], [n, V]
+  for each chunk of n tokens                                                     (4B: n = 2048)
+    for each tile of b of them                                                   (b = 512)
+      1. s = h_student W_student^T,  t = h_teacher W_teacher^T  logits in fp32   [b, V]
+      2. KL(s, t) and dKL/ds in closed form                     softmax algebra  [b], [b, V]
     3. dh = (dKL/ds) W_student,  dW += (dKL/ds)^T h_student     in fp32          [n, H], [V, H]
 
-so the cost is four matrix products per token and the memory is that of one chunk plus dW. The backward pass of
+so the cost is four matrix products per token and the memory is that of dW, one tile of logits and one chunk of dKL/ds,
+which is held in the type of h_student. The backward pass of
 autograd only multiplies the stored gradients by the incoming scalar. dW is accumulated in fp32 over the chunks:
 rounding it to bf16 after each of them would bias training.
 
@@ -131,17 +133,16 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grad.to(d_hidden.dtype), d_weight.mul_(grad).to(ctx.weight_dtype), None, None, None, None  # once only
+        d_weight = torch.mul(d_weight, grad, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype))
+        return d_hidden * grad.to(d_hidden.dtype), d_weight, None, None, None, None
 
 
 def head_loss(hidden, weight, token_weight, chunk, compile, tile):
-    """HeadLoss with the rows of a tile and of a chunk chosen: a tile has fp32 copies, more of them when not compiled."""
-    V = weight.shape[0]
-    block = max(1, (BLOCK if compile else BLOCK // 2) // V // 128 * 128, min(128, BLOCK // V))
-    chunk = chunk or CHUNK * block
-    return HeadLoss.apply(hidden, weight, token_weight, chunk, min(chunk, block), tile)
-
-BLOCK, CHUNK = 2**27, 4
+    """HeadLoss with its sizes chosen: about 80 M logits a tile, half as many where each step of `tile` makes a copy."""
+    block = max(1, 80_000_000 // weight.shape[0])
+    block = max(block // 256 * 256, min(block, 256))  # matrix products like multiples of 256
+    chunk = chunk or 4 * block
+    return HeadLoss.apply(hidden, weight, token_weight, chunk, min(chunk, block if compile else block // 2 or 1), tile)
 
 
 def chunked_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, kind="reverse", topk=0,

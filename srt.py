@@ -62,6 +62,9 @@ class Sampler:
         samples = list(self.stream(lambda: next(requests, None), **how))
         return sorted(samples, key=lambda sample: sample.request.key)
 
+    def sleep(self):
+        """Gives back the GPU's memory until the next `load`, where the engine can."""
+
     def room(self, ids, max_tokens):
         """How many tokens may follow a prompt."""
         return min(max_tokens, self.max_len - len(ids))
@@ -159,10 +162,11 @@ class VLLMSampler(Sampler):
         self.max_len = min(max_len, AutoConfig.from_pretrained(model).max_position_embeddings)
         self.in_flight = 2 * max_seqs
         self.on_cpu = device.type == "cpu"
+        self.asleep = False
         self.end_ids = tokenizer.end_ids
         self.llm = LLM(model, tensor_parallel_size=1, max_model_len=self.max_len, max_num_seqs=max_seqs, seed=0,
                        dtype=str(dtype).removeprefix("torch."), gpu_memory_utilization=memory,
-                       enforce_eager=eager or device.type == "cpu", generation_config="vllm",
+                       enforce_eager=eager or self.on_cpu, generation_config="vllm", enable_sleep_mode=not self.on_cpu,
                        distributed_executor_backend="external_launcher" if dist.get_world_size() > 1 else None)
 
     def stream(self, pull, max_tokens, temperature=1.0, top_p=1.0):
@@ -186,7 +190,16 @@ class VLLMSampler(Sampler):
                     logps = [position[token].logprob for position, token in zip(y.logprobs, ids)]
                     yield Sample(flying.pop(output.request_id), ids, logps, y.finish_reason == "length")
 
+    def sleep(self):
+        if not self.on_cpu:
+            self.llm.sleep(level=2)  # weights and cache are dropped: `load` brings the weights anew
+            self.asleep = True
+
     def load(self, named_tensors):
+        if self.asleep:
+            torch.cuda.empty_cache()  # or what training has used and freed would be missing here
+            self.llm.wake_up()
+            self.asleep = False
         if self.on_cpu:  # the CPU back end repacks weights after loading; a reload undoes and redoes that,
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
             # but for the packed copy of a tied head, which would keep the old weights

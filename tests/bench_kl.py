@@ -27,6 +27,7 @@ DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 def measure(f, repeats=5):
     """(milliseconds, GiB above what was there) of f, after a warm-up."""
     sync = torch.cuda.synchronize if CUDA else lambda: None
+    torch._dynamo.reset()  # a row of the table must not pay for the graphs of the others
     f(), f(), sync()
     base = 0
     if CUDA:

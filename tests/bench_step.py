@@ -8,9 +8,13 @@ peak memory of one SFT step and one teacher forward on 16,384 packed tokens in 4
 `make_shape` also serves by itself to run the real scripts at that size: python tests/bench_step.py --make FOLDER
 """
 import argparse
+import importlib.util
+import json
 import math
 import random
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -100,12 +104,10 @@ def time_state(folder, tensors, ranks):
         print(f"state: {size / 2**30:.1f} GiB, saved in {saved - start:.1f} s, loaded in {loaded - saved:.1f} s", flush=True)
 
 
-def compare_sampler(path, ranks, number=512, tokens=512):
+def compare_sampler(sampler, tokenizer, number=128, tokens=512):
     """Tokens per second of srt.py's stream and of a bare LLM.generate on the same prompts with the same parameters."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
-    tokenizer = verify.load_tokenizer(path)
-    sampler = srt.VLLMSampler(path, tokenizer, 128 + tokens, ranks.device, torch.bfloat16, memory=0.5)
     prompts = torch.randint(1000, len(tokenizer), (number, 128)).tolist()
 
     def stream():
@@ -125,7 +127,141 @@ def compare_sampler(path, ranks, number=512, tokens=512):
         speed[name].append(count / (time.perf_counter() - start))
     print(f"{number} prompts of 128, {tokens} tokens each: stream {[round(v) for v in speed['stream']]} tok/s, bare "
           f"LLM.generate {[round(v) for v in speed['bare']]}, ratio {max(speed['stream']) / max(speed['bare']):.3f}", flush=True)
-    sampler.close()
+
+
+# ------------------------------------------------------------------------------------------- against TRL's SDFT trainer
+# Both train the 4B shape for five steps of 32 prompts of 128 tokens: three with responses of 1,024 tokens, two with
+# log-normal lengths. The first word of a prompt tells its row, the row its length; nothing else is done to either.
+
+STEPS, ROWS, MARK = ["equal"] * 3 + ["log-normal"] * 2, 32, 150_000
+
+
+def peer_rows(words):
+    """(prompt of `words` words, length of its response), in the order of use."""
+    rng = random.Random(0)
+    lengths = [1024] * (ROWS * STEPS.count("equal")) + draw_lengths(ROWS * STEPS.count("log-normal"), 2048, 1)
+    return [(" ".join([f"t{MARK + row}"] + [f"t{rng.randrange(1000, MARK)}" for _ in range(words - 1)]), length)
+            for row, length in enumerate(lengths)]
+
+
+def length_of(rows, ids):
+    return rows[next(i for i in ids if i >= MARK) - MARK][1]
+
+
+def report_step(step, generate, training, seconds, peak):
+    free, total = torch.cuda.mem_get_info()
+    print("PEER " + json.dumps({"step": step, "lengths": STEPS[step], "generate": generate, "training": training,
+                                "step seconds": seconds, "peak GiB": peak, "in use GiB": (total - free) / 2**30}), flush=True)
+
+
+def ours_child(model):
+    """distill.py itself, as a user runs it, but for the lengths and the order of the problems."""
+    import distill
+    folder = Path(tempfile.mkdtemp())
+    tokenizer = verify.load_tokenizer(model)
+    around = len(verify.chat_ids(tokenizer, verify.Problem("", "t9", ""))) - 1
+    rows = peer_rows(128 - around)
+    (folder / "data.jsonl").write_text("".join(
+        json.dumps({"id": str(i), "problem": text, "answer": "3"}) + "\n" for i, (text, _) in enumerate(rows)))
+    make_sampler = srt.make_sampler
+
+    def make_and_compare(*how):
+        sampler = make_sampler(*how)
+        compare_sampler(sampler, tokenizer)
+        return sampler
+
+    srt.make_sampler = make_and_compare
+    srt.VLLMSampler.room = lambda self, ids, max_tokens: (
+        length_of(rows, ids) if max(ids) >= MARK and len(ids) == 128 and max_tokens == 2048 else max_tokens)
+    distill.step_problems = lambda step, batch, total, seed: list(range(step * batch, (step + 1) * batch))
+    write = sft.Metrics.write
+
+    def write_and_report(self, row):
+        write(self, row)
+        report_step(row["step"], row["seconds_generate"] + row["seconds_sync"],
+                    row["seconds_teacher"] + row["seconds_student"], row["seconds"], row["peak_gb"])
+
+    sft.Metrics.write = write_and_report
+    sys.argv = ["distill.py", "--model", model, "--data", str(folder / "data.jsonl"), "--out", str(folder / "out"), "--steps",
+                str(len(STEPS)), "--batch", str(ROWS), "--max_tokens", "2048", "--lr", "1e-6", "--vllm_memory", "0.2",
+                "--max_sync_gap", "1", "--save_every", "100"]
+    sft.save_model = lambda *_: None  # the last thing it does; not part of a step
+    distill.main()
+
+
+def trl_child(model):
+    """TRL's trainer on the same rows: exact reverse KL, bf16 over fp32 weights, checkpointing, vLLM in the same process."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+    from vllm import LLM
+    rows = peer_rows(125)
+    rng = random.Random(1)
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}], "privileged_context": " ".join(
+        f"t{rng.randrange(1000, MARK)}" for _ in range(length + 10))} for text, length in rows])
+    generate = LLM.generate
+
+    def generate_to_length(self, prompts, sampling_params, **how):
+        each = [sampling_params.clone() for _ in prompts]
+        for params, prompt in zip(each, prompts):
+            params.max_tokens = length_of(rows, prompt["prompt_token_ids"])
+        return generate(self, prompts, sampling_params=each, **how)
+
+    LLM.generate = generate_to_length
+    clock = {}
+
+    class Report(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            clock["start"] = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **_):
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - clock["start"]
+            report_step(state.global_step - 1, clock["generate"], seconds - clock["generate"], seconds, sft.peak_gb())
+
+    config = SDFTConfig(
+        output_dir=tempfile.mkdtemp(), max_steps=len(STEPS), per_device_train_batch_size=2, gradient_accumulation_steps=ROWS // 2,
+        num_generations=1, max_prompt_length=None, max_completion_length=2048, shuffle_dataset=False, temperature=1.0,
+        use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.2, vllm_max_model_length=4352,
+        generation_kwargs={"ignore_eos": True}, distillation_mode="full_logits", distillation_alpha=1.0,
+        distillation_is_clip=None, teacher_model_kind="base", bf16=True, gradient_checkpointing=True, learning_rate=1e-6,
+        model_init_kwargs={"attn_implementation": "sdpa", "dtype": "float32"}, save_strategy="no", report_to=[])
+    tokenizer = verify.load_tokenizer(model)
+    tokenizer.padding_side = "left"
+    trainer = SDFTTrainer(model=model, args=config, train_dataset=data, callbacks=[Report()], processing_class=tokenizer)
+    inner = trainer._generate
+
+    def timed(*how):
+        start = time.perf_counter()
+        out = inner(*how)
+        torch.cuda.synchronize()
+        clock["generate"] = time.perf_counter() - start
+        return out
+
+    trainer._generate = timed
+    trainer.train()
+
+
+def compare_with_trl(model, shape):
+    if importlib.util.find_spec("trl") is None or importlib.util.find_spec("vllm") is None:
+        return print("skipped: the comparison needs trl and vllm")
+    if not Path(model, "config.json").exists():
+        make_shape(model, shape)
+    last = {}
+    for name in ("ours", "TRL"):
+        child = subprocess.Popen([sys.executable, __file__, "--child", name, "--model", model], stdout=subprocess.PIPE,
+                                 text=True)
+        for line in child.stdout:
+            if line.startswith("PEER "):
+                row = json.loads(line[5:])
+                last[name, row["lengths"]] = row  # the last step of its kind counts: what compiles has compiled
+            if line.startswith(("PEER", "128 prompts", "step ")):
+                print(name, line, end="", flush=True)
+        child.wait()
+    for lengths in dict.fromkeys(STEPS):
+        for key in ("generate", "training", "step seconds", "peak GiB", "in use GiB"):
+            a, b = (last[name, lengths][key] if (name, lengths) in last else math.nan for name in ("ours", "TRL"))
+            print(f"{lengths:12s} {key:16s} ours {a:7.2f}  TRL {b:7.2f}  ratio {a / b:.2f}", flush=True)
 
 
 def main():
@@ -136,18 +272,21 @@ def main():
     parser.add_argument("--rows", type=int, nargs="+", default=[4096] * 4 if torch.cuda.is_available() else [64] * 4)
     parser.add_argument("--only", nargs="+", default=["sft 1 1", "sft 0 1", "teacher 0 1"], help="'kind checkpointing compile'")
     parser.add_argument("--varied", action="store_true", help="rows of other lengths in each step, as many tokens as --rows")
-    parser.add_argument("--sampler", action="store_true", help="srt.py's sampler against a bare LLM.generate, and stop")
+    parser.add_argument("--peer", action="store_true", help="distill.py against TRL's SDFT trainer, and stop")
+    parser.add_argument("--child", choices=("ours", "TRL"), help=argparse.SUPPRESS)
     parser.add_argument("--state", metavar="FOLDER", help="save and load the state of an sft row there too, timed")
     parser.add_argument("--repeats", type=int, default=4)
     args = parser.parse_args()
     if args.make:
         return make_shape(args.make, args.shape)
+    if args.peer:
+        return compare_with_trl(args.model, args.shape)
+    if args.child:
+        return {"ours": ours_child, "TRL": trl_child}[args.child](args.model)
     ranks = verify.launch()
     if ranks.rank == 0 and not Path(args.model, "config.json").exists():
         make_shape(args.model, args.shape)
     dist.barrier()
-    if args.sampler:
-        return compare_sampler(args.model, ranks)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     if ranks.rank == 0:
         print(f"{args.shape}, rows {args.rows}, {ranks.world} rank(s), {dtype}, torch {torch.__version__}, "
