@@ -176,8 +176,8 @@ class VLLMSampler(Sampler):
         while True:
             while len(flying) < self.in_flight and (request := pull()) is not None:
                 params = SamplingParams(max_tokens=self.room(request.ids, max_tokens), temperature=temperature, top_p=top_p,
-                                        seed=request.seed, stop_token_ids=self.end_ids, logprobs=0, detokenize=False,
-                                        output_kind=RequestOutputKind.FINAL_ONLY)
+                                        seed=request.seed, stop_token_ids=self.end_ids, logprobs=0, flat_logprobs=True,
+                                        detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
                 engine.add_request(str(counter), {"prompt_token_ids": request.ids}, params)
                 flying[str(counter)] = request
                 counter += 1
@@ -186,9 +186,8 @@ class VLLMSampler(Sampler):
             for output in engine.step():
                 if output.finished:
                     y = output.outputs[0]
-                    ids = list(y.token_ids)
-                    logps = [position[token].logprob for position, token in zip(y.logprobs, ids)]
-                    yield Sample(flying.pop(output.request_id), ids, logps, y.finish_reason == "length")
+                    yield Sample(flying.pop(output.request_id), list(y.token_ids), list(y.logprobs.logprobs),
+                                 y.finish_reason == "length")
 
     def sleep(self):
         if not self.on_cpu:
