@@ -2,10 +2,26 @@
 Training speed at the Qwen3-4B shape with random weights: model TFLOP/s (attention and head counted, recomputation not) and
 peak memory of one SFT step and one teacher forward on 16,384 packed tokens in 4 rows, head and loss included.
 
-    python tests/bench_step.py [--only sft teacher] [--shape 4B]         # needs a GPU
+    python tests/bench_step.py [--only "sft 1 1"] [--varied] [--state FOLDER]       # needs a GPU
     torchrun --nproc_per_node 2 tests/bench_step.py
+    python tests/bench_step.py --peer                   # distill.py against TRL's SDFT trainer, and srt.py's sampler
+    python tests/bench_step.py --make FOLDER            # the model alone, to run the real scripts at that size
 
-`make_shape` also serves by itself to run the real scripts at that size: python tests/bench_step.py --make FOLDER
+What was tried (one H200, torch 2.11, transformers 5.17, vLLM 0.26, trl 1.16), and what it gave:
+  checkpointing of whole compiled blocks: 346 model TFLOP/s, 75.4 GiB. The compiler's choice of what to recompute
+    (activation_memory_budget 0.3) and fused AdamW: 406-412, 70.6 GiB; kept. No checkpointing: 458, 116 GiB; with
+    AdamW that is not fused 435. Teacher forward: 512.
+  other row lengths in each step (--varied): 423 TFLOP/s (short rows have less attention), 5 graphs in all. distill.py with
+    log-normal lengths made 5 graphs of a layer and 2 of the KL: a step that meets new lengths took up to 8 s longer.
+  --peer, the last step of each kind, TRL in brackets: 1,024 tokens each: generate 5.3 s (4.8), teacher + student + optimizer
+    3.24 s (6.82), step 8.5 s (11.65): 0.73; log-normal lengths: 6.5 (5.5), 1.91 (10.51), 8.4 s (16.0): 0.52.
+    TRL asks vLLM for no log-probabilities; ours need them for the check of the weights' age.
+  vLLM asleep (level 2) while the student trains: 26-28 GiB less on the device in that part, and the step no slower.
+    torch's own peak goes on counting them: 120.6 GiB where the device had 109.8 in use, caches included (TRL: 132.7).
+  flat_logprobs in vLLM: generate 5.1 s as before; kept for the shorter code.
+  srt.py's stream against a bare LLM.generate, 128 x 512 tokens: 16.1k and 17.6k tok/s against 15.2k and 16.8k.
+  two ranks, sft with checkpointing: 14.5k tok/s each against 14.8k of one rank: 1.95 x.
+  a state (weights and AdamW, fp32) at the 0.6B shape, 6.7 GiB: saved in 15.6 s, loaded in 6.0 s, all to a slow disk.
 """
 import argparse
 import importlib.util
@@ -82,12 +98,13 @@ def draw_lengths(number, longest, seed):
 def fixed_loss(model, ranks):
     """Loss of eight rows that are the same for every number of ranks."""
     generator = torch.Generator().manual_seed(7)
-    rows = torch.randint(4, model.config.vocab_size, (8, 512), generator=generator).tolist()[ranks.rank::ranks.world]
+    rows = torch.randint(4, model.config.vocab_size, (8, 512), generator=generator).tolist()
+    rows = rows[ranks.rank::ranks.world]
     batch = sft.make_batch(rows, ranks.device)
-    select = torch.arange(len(batch.ids), device=ranks.device)
+    select = (batch.positions < 511).nonzero()[:, 0]  # the end of a row predicts nothing: what follows depends on the ranks
+    weights = torch.full((len(select),), 1 / (8 * 511), device=ranks.device)
     with torch.no_grad():
-        loss, _, _ = model(batch, select, lambda hidden, head: chunked_ce(
-            hidden, head, batch.ids.roll(-1), torch.full((len(select),), 1 / 4096, device=ranks.device)))
+        loss, _, _ = model(batch, select, lambda hidden, head: chunked_ce(hidden, head, batch.ids[select + 1], weights))
     dist.all_reduce(loss)
     return loss.item()
 
@@ -325,8 +342,9 @@ def main():
             len(batch.ids) if kind == "sft" else 0) for batch in batches)
         share = sft.mfu(flops, seconds, 1)
         if ranks.rank == 0:
-            print(f"{f'{kind}, checkpointing {checkpointing}, compile {int(compile)}':28s} {seconds:8.3f} {tokens / seconds:15.0f} "
-                  f"{flops / seconds / 1e12:14.1f} {f'{share:.1%}' if share else '-':>6s} {peak:9.1f} {loss:10.5f} "
+            name = f"{kind}, checkpointing {checkpointing}, compile {int(compile)}"
+            print(f"{name:28s} {seconds:8.3f} {tokens / seconds:15.0f} {flops / seconds / 1e12:14.1f} "
+                  f"{f'{share:.1%}' if share else '-':>6s} {peak:9.1f} {loss:10.5f} "
                   f"{torch._dynamo.utils.counters['stats']['unique_graphs']:7d}", flush=True)
         if args.state and kind == "sft":
             time_state(args.state, sft.training_state(model, optimizer), ranks)
