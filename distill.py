@@ -276,6 +276,7 @@ def main():
         samples, verdicts = sample_and_judge(
             sampler, judge, tokenizer, [problems[i] for _, i in mine], [prompts[i] for _, i in mine],
             [srt.request_seed(args.seed, step, place, problems[i].id) for place, i in mine], args)
+        sampler.sleep()
         clock.lap("generate")
         correct = [verdict.result().correct for verdict in verdicts]
         clock.lap("judge")
@@ -310,7 +311,7 @@ def main():
                 "truncated": counts[3].item() / args.batch, "sync_gap": sums[1].item() / tokens, "grad_norm": norm, "lr": lr,
                 "tokens": tokens, "seconds": seconds, **{f"seconds_{k}": v for k, v in clock.seconds.items()},
                 "tokens_per_s": tokens / seconds, "mfu": sft.mfu(flops.item(), training, ranks.world),
-                "peak_gb": sft.peak_gb()}
+                "peak_gb": sft.peak_gb()}  # what vLLM gives back while it sleeps is counted too
         metrics.write(row)
         if ranks.rank == 0:
             print(f"step {step + 1}/{args.steps}  KL {row['loss']:.4f}  reward {row['reward']:.3f}  length "

@@ -4,12 +4,14 @@ Exact KL over the whole vocabulary, in chunks of tokens, without ever holding a 
 A 4B model has 151,936 vocabulary entries: the fp32 logits of 8,192 tokens alone are 4.6 GiB, and autograd would keep
 several such tensors for the student and the teacher. Here the loss *and its gradient* are computed in one pass:
 
-  for each chunk of n tokens                                                     (n * V is about 2^27 numbers)
-    1. s = h_student W_student^T,  t = h_teacher W_teacher^T    logits in fp32   [n, V]
-    2. KL(s, t) and dKL/ds in closed form                       softmax algebra  [n], [n, V]
+  for each chunk of n tokens                                                     (4B: n = 2048)
+    for each tile of b of them                                                   (b = 512)
+      1. s = h_student W_student^T,  t = h_teacher W_teacher^T  logits in fp32   [b, V]
+      2. KL(s, t) and dKL/ds in closed form                     softmax algebra  [b], [b, V]
     3. dh = (dKL/ds) W_student,  dW += (dKL/ds)^T h_student     in fp32          [n, H], [V, H]
 
-so the cost is four matrix products per token and the memory is that of one chunk plus dW. The backward pass of
+so the cost is four matrix products per token and the memory is that of dW, one tile of logits and one chunk of dKL/ds,
+which is held in the type of h_student. The backward pass of
 autograd only multiplies the stored gradients by the incoming scalar. dW is accumulated in fp32 over the chunks:
 rounding it to bf16 after each of them would bias training.
 
@@ -30,19 +32,18 @@ import torch
 KINDS = ("reverse", "forward", "mixed", "jsd")
 
 
-def divergence(s, t, kind):
+def divergence(log_p, log_q, kind):
     """
-    The divergence of each row and its gradient in the student's logits, with p = softmax(s), q = softmax(t):
+    The divergence of each row of log-probabilities and its gradient in the student's logits; p student, q teacher:
 
         reverse  KL(p || q) = sum_v p (log p - log q)        gradient  p (log p - log q - KL)    the paper's loss
         forward  KL(q || p) = sum_v q (log q - log p)        gradient  p - q
         mixed    half of each                                gradient  half of each
         jsd      KL(p || m)/2 + KL(q || m)/2, m = (p+q)/2    gradient  p (log p - log m - KL(p || m)) / 2
 
-    s, t: fp32 logits [n, V] of student and teacher. Returns ([n], [n, V]) in fp32, in nats. A row with s = t gives
-    exactly 0 and a gradient of exactly 0. To try another divergence, add its lines here.
+    log_p, log_q: fp32 [n, V]. Returns ([n], [n, V]) in fp32, in nats. A row with p = q gives exactly 0 and a gradient of
+    exactly 0. To try another divergence, add its lines here.
     """
-    log_p, log_q = s.log_softmax(-1), t.log_softmax(-1)
     p, d = log_p.exp(), log_p - log_q
     reverse = (p * d).sum(-1)
     if kind == "reverse":
@@ -58,29 +59,28 @@ def divergence(s, t, kind):
     return (reverse - (q * d).sum(-1)) / 2, (p * (d - reverse[:, None]) + p - q) / 2  # mixed
 
 
-def topk_divergence(s, t, kind, k):
-    """The official code's approximation: both sides renormalised over the teacher's k largest logits, the rest ignored."""
-    index = t.topk(k, dim=-1).indices  # [n, k]
-    value, grad = divergence(s.gather(1, index), t.gather(1, index), kind)
-    return value, torch.zeros_like(s).scatter_(1, index, grad)
+def topk_divergence(log_p, log_q, kind, k):
+    """The official code's approximation: both sides renormalised over the teacher's k likeliest tokens, the rest ignored."""
+    index = log_q.topk(k, dim=-1).indices  # [n, k]
+    value, grad = divergence(log_p.gather(1, index).log_softmax(-1), log_q.gather(1, index).log_softmax(-1), kind)
+    return value, torch.zeros_like(log_p).scatter_(1, index, grad)
 
 
-def target_logp(s, targets):
-    """log softmax(s)[target] of each row of logits s [n, V] -> [n]."""
-    return s.gather(1, targets[:, None])[:, 0] - s.logsumexp(-1)
+def kl_tile(s, t, weight, targets, kind, topk, d_s):
+    """All that is done to a tile of logits: writes weight * dKL/ds to d_s [n, V]; returns KL [n] and log p(target) [n]."""
+    log_p, log_q = s.log_softmax(-1), t.log_softmax(-1)
+    value, grad = topk_divergence(log_p, log_q, kind, topk) if topk else divergence(log_p, log_q, kind)
+    d_s.copy_(grad * weight[:, None])
+    return value, log_p.gather(1, targets[:, None])[:, 0]
 
 
-def kl_tile(s, t, weight, targets, kind, topk, dtype):
-    """Everything that is done to one tile of logits: (KL [n], weight * dKL/ds [n, V] in `dtype`, log p(target) [n])."""
-    value, d_s = topk_divergence(s, t, kind, topk) if topk else divergence(s, t, kind)
-    return value, (d_s * weight[:, None]).to(dtype), target_logp(s, targets)
-
-
-def ce_tile(s, weight, targets, dtype):
-    """The same for cross entropy: (-log p(target), weight * (p - onehot(target)), log p(target))."""
-    logp = target_logp(s, targets)
+def ce_tile(s, weight, targets, d_s):
+    """The same for cross entropy: weight * (p - onehot(target)) to d_s; -log p(target) and log p(target)."""
+    log_p = s.log_softmax(-1)
     hit = torch.arange(s.shape[1], device=s.device) == targets[:, None]
-    return -logp, ((s.softmax(-1) - hit.float()) * weight[:, None]).to(dtype), logp
+    d_s.copy_((log_p.exp() - hit.float()) * weight[:, None])
+    logp = log_p.gather(1, targets[:, None])[:, 0]
+    return -logp, logp
 
 
 @functools.cache
@@ -108,17 +108,21 @@ class HeadLoss(torch.autograd.Function):
     """sum_i w_i * loss_i for losses that look at one row of logits each; gradients are made while the tile is at hand."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, token_weight, chunk, tile):
+    def forward(ctx, hidden, weight, token_weight, chunk, block, tile):
         N, V = hidden.shape[0], weight.shape[0]
-        chunk = chunk or max(1, 2**27 // V // 256 * 256, min(256, 2**27 // V))  # of 256s: matrix products like that
         needs_grad = hidden.requires_grad or weight.requires_grad
         d_hidden = torch.zeros_like(hidden) if needs_grad else None  # [N, H]
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
         per_token, logp = (torch.zeros(N, dtype=torch.float32, device=hidden.device) for _ in range(2))
+        d_logits = hidden.new_empty(min(chunk, N), V)
         for i in range(0, N, chunk):
-            rows = slice(i, i + chunk)
-            per_token[rows], d_s, logp[rows] = tile(matmul_fp32(hidden[rows], weight.T), rows)
+            d_s = d_logits[:N - i]
+            for j in range(0, len(d_s), block):
+                d_tile = d_s[j:j + block]
+                rows = slice(i + j, i + j + len(d_tile))
+                per_token[rows], logp[rows] = tile(matmul_fp32(hidden[rows], weight.T), rows, d_tile)
             if needs_grad:
+                rows = slice(i, i + chunk)
                 d_hidden[rows] = matmul_fp32(d_s, weight)
                 add_matmul_fp32(d_weight, d_s.T, hidden[rows])
         ctx.save_for_backward(d_hidden, d_weight)
@@ -129,7 +133,16 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grad.to(d_hidden.dtype), d_weight.mul_(grad).to(ctx.weight_dtype), None, None, None  # once only
+        d_weight = torch.mul(d_weight, grad, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype))
+        return d_hidden * grad.to(d_hidden.dtype), d_weight, None, None, None, None
+
+
+def head_loss(hidden, weight, token_weight, chunk, compile, tile):
+    """HeadLoss with its sizes chosen: about 80 M logits a tile, half as many where each step of `tile` makes a copy."""
+    block = max(1, 80_000_000 // weight.shape[0])
+    block = max(block // 256 * 256, min(block, 256))  # matrix products like multiples of 256
+    chunk = chunk or 4 * block
+    return HeadLoss.apply(hidden, weight, token_weight, chunk, min(chunk, block if compile else block // 2 or 1), tile)
 
 
 def chunked_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, kind="reverse", topk=0,
@@ -157,23 +170,25 @@ def chunked_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, t
         raise ValueError(f"topk must lie in 0..{teacher_weight.shape[0]}, got {topk}")
     if targets is None:
         targets = torch.zeros(len(student_hidden), dtype=torch.long, device=student_hidden.device)
-    run = compiled(kl_tile) if (student_hidden.is_cuda if compile is None else compile) else kl_tile
+    compile = student_hidden.is_cuda if compile is None else compile
+    run = compiled(kl_tile) if compile else kl_tile
 
-    def tile(s, rows):
+    def tile(s, rows, d_s):
         t = matmul_fp32(teacher_hidden[rows], teacher_weight.T)
-        return run(s, t, token_weight[rows], targets[rows], kind, topk, student_hidden.dtype)
+        return run(s, t, token_weight[rows], targets[rows], kind, topk, d_s)
 
-    return HeadLoss.apply(student_hidden, student_weight, token_weight, chunk, tile)
+    return head_loss(student_hidden, student_weight, token_weight, chunk, compile, tile)
 
 
 def chunked_ce(hidden, weight, targets, token_weight, chunk=0, compile=None):
     """sum_i token_weight_i * -log p(target_i), the SFT loss, by the same pass. Returns (loss, per-token loss, logp)."""
-    run = compiled(ce_tile) if (hidden.is_cuda if compile is None else compile) else ce_tile
+    compile = hidden.is_cuda if compile is None else compile
+    run = compiled(ce_tile) if compile else ce_tile
 
-    def tile(s, rows):
-        return run(s, token_weight[rows], targets[rows], hidden.dtype)
+    def tile(s, rows, d_s):
+        return run(s, token_weight[rows], targets[rows], d_s)
 
-    return HeadLoss.apply(hidden, weight, token_weight, chunk, tile)
+    return head_loss(hidden, weight, token_weight, chunk, compile, tile)
 
 
 # ---------------------------------------------------------------------------------------------- as a script

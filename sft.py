@@ -32,6 +32,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
+import torch._dynamo
 import torch._functorch.config
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -148,6 +149,7 @@ def load_model(path, ranks, mesh, dtype, attn="packed", trainable=True, checkpoi
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attn)
     held = torch.float32 if trainable else dtype
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    torch._dynamo.config.recompile_limit = 64  # student, teacher and ranges of lengths share the code of a layer
     if trainable:  # compiled, the compiler chooses what to recompute: faster than whole blocks, and as small
         torch._functorch.config.activation_memory_budget = 0.3 if checkpointing else 1.0
     for layer in model.get_decoder().layers:

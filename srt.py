@@ -64,6 +64,9 @@ class Sampler:
         samples = list(self.stream(lambda: next(requests, None), **how))
         return sorted(samples, key=lambda sample: sample.request.key)
 
+    def sleep(self):
+        """Gives back the GPU's memory until the next `load`, where the engine can."""
+
     def room(self, ids, max_tokens):
         """How many tokens may follow a prompt."""
         return min(max_tokens, self.max_len - len(ids))
@@ -159,13 +162,14 @@ class VLLMSampler(Sampler):
         from vllm import LLM
         from transformers import AutoConfig
         self.max_len = min(max_len, AutoConfig.from_pretrained(model).max_position_embeddings)
-        self.in_flight, self.on_cpu = 2 * max_seqs, device.type == "cpu"
+        self.in_flight, self.on_cpu, self.asleep = 2 * max_seqs, device.type == "cpu", False
         self.end_ids = tokenizer.end_ids
+        # on a CPU a prompt in two parts and a seed of its own do not go together (vLLM 0.32), and nothing can sleep
+        whole_prompts = dict(enable_chunked_prefill=False, max_num_batched_tokens=max(8192, self.max_len))
         self.llm = LLM(model, tensor_parallel_size=1, max_model_len=self.max_len, max_num_seqs=max_seqs, seed=0,
                        dtype=str(dtype).removeprefix("torch."), gpu_memory_utilization=memory,
                        enforce_eager=eager or self.on_cpu, generation_config="vllm",
-                       # on a CPU a prompt in two parts and a seed of its own do not go together (vLLM 0.32)
-                       **(dict(enable_chunked_prefill=False, max_num_batched_tokens=max(8192, self.max_len)) if self.on_cpu else {}),
+                       **(whole_prompts if self.on_cpu else {"enable_sleep_mode": True}),
                        distributed_executor_backend="external_launcher" if dist.get_world_size() > 1 else None)
 
     def stream(self, pull, max_tokens, temperature=1.0, top_p=1.0):
@@ -175,8 +179,8 @@ class VLLMSampler(Sampler):
         while True:
             while len(flying) < self.in_flight and (request := pull()) is not None:
                 params = SamplingParams(max_tokens=self.room(request.ids, max_tokens), temperature=temperature, top_p=top_p,
-                                        seed=request.seed, stop_token_ids=self.end_ids, logprobs=0, detokenize=False,
-                                        output_kind=RequestOutputKind.FINAL_ONLY)
+                                        seed=request.seed, stop_token_ids=self.end_ids, logprobs=0, flat_logprobs=True,
+                                        detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
                 engine.add_request(str(counter), {"prompt_token_ids": request.ids}, params)
                 flying[str(counter)] = request
                 counter += 1
@@ -185,11 +189,19 @@ class VLLMSampler(Sampler):
             for output in engine.step():
                 if output.finished:
                     y = output.outputs[0]
-                    ids = list(y.token_ids)
-                    logps = [position[token].logprob for position, token in zip(y.logprobs, ids)]
-                    yield Sample(flying.pop(output.request_id), ids, logps, y.finish_reason == "length")
+                    yield Sample(flying.pop(output.request_id), list(y.token_ids), list(y.logprobs.logprobs),
+                                 y.finish_reason == "length")
+
+    def sleep(self):
+        if not self.on_cpu:
+            self.llm.sleep(level=2)  # weights and cache are dropped: `load` brings the weights anew
+            self.asleep = True
 
     def load(self, named_tensors):
+        if self.asleep:
+            torch.cuda.empty_cache()  # or what training has used and freed would be missing here
+            self.llm.wake_up()
+            self.asleep = False
         if self.on_cpu:  # the CPU back end repacks weights after loading; a reload undoes and redoes that,
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
             # but for the packed copy of a tied head, which would keep the old weights

@@ -2,21 +2,45 @@
 Training speed at the Qwen3-4B shape with random weights: model TFLOP/s (attention and head counted, recomputation not) and
 peak memory of one SFT step and one teacher forward on 16,384 packed tokens in 4 rows, head and loss included.
 
-    python tests/bench_step.py [--only sft teacher] [--shape 4B]         # needs a GPU
+    python tests/bench_step.py [--only "sft 1 1"] [--varied] [--state FOLDER]       # needs a GPU
     torchrun --nproc_per_node 2 tests/bench_step.py
+    python tests/bench_step.py --peer                   # distill.py against TRL's SDFT trainer, and srt.py's sampler
+    python tests/bench_step.py --make FOLDER            # the model alone, to run the real scripts at that size
 
-`make_shape` also serves by itself to run the real scripts at that size: python tests/bench_step.py --make FOLDER
+What was tried (one H200, torch 2.11, transformers 5.17, vLLM 0.26, trl 1.16), and what it gave:
+  checkpointing of whole compiled blocks: 346 model TFLOP/s, 75.4 GiB. The compiler's choice of what to recompute
+    (activation_memory_budget 0.3) and fused AdamW: 406-412, 70.6 GiB; kept. No checkpointing: 458, 116 GiB; with
+    AdamW that is not fused 435. Teacher forward: 512.
+  other row lengths in each step (--varied): 423 TFLOP/s (short rows have less attention), 5 graphs in all. distill.py with
+    log-normal lengths made 5 graphs of a layer and 2 of the KL: a step that meets new lengths took up to 8 s longer.
+  --peer, the last step of each kind, TRL in brackets: 1,024 tokens each: generate 5.3 s (4.8), teacher + student + optimizer
+    3.24 s (6.82), step 8.5 s (11.65): 0.73; log-normal lengths: 6.5 (5.5), 1.91 (10.51), 8.4 s (16.0): 0.52.
+    TRL asks vLLM for no log-probabilities; ours need them for the check of the weights' age.
+  vLLM asleep (level 2) while the student trains: 26-28 GiB less on the device in that part, and the step no slower.
+    torch's own peak goes on counting them: 120.6 GiB where the device had 109.8 in use, caches included (TRL: 132.7).
+  flat_logprobs in vLLM: generate 5.1 s as before; kept for the shorter code.
+  srt.py's stream against a bare LLM.generate, 128 x 512 tokens: 16.1k and 17.6k tok/s against 15.2k and 16.8k.
+  two ranks, sft with checkpointing: 14.5k tok/s each against 14.8k of one rank: 1.95 x.
+  a state (weights and AdamW, fp32) at the 0.6B shape, 6.7 GiB: saved in 15.6 s, loaded in 6.0 s, all to a slow disk.
 """
 import argparse
+import importlib.util
+import json
+import math
+import random
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sft
+import srt
 import verify
 from kl import chunked_ce
 
@@ -50,16 +74,211 @@ def make_shape(folder, shape):
     tokenizer.save_pretrained(folder)
 
 
-def measure(step, repeats):
-    """Seconds of one step after two for warm-up, and peak GiB."""
+def measure(step, batches, warm_up=2):
+    """Seconds of step(batch), the mean over `batches` after the first few for warm-up, and peak GiB."""
     sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    step(), step(), sync()
+    for batch in batches[:warm_up]:
+        step(batch)
+    sync()
     sft.peak_gb()
     start = time.perf_counter()
-    for _ in range(repeats):
-        step()
+    for batch in batches:
+        step(batch)
     sync()
-    return (time.perf_counter() - start) / repeats, sft.peak_gb()
+    return (time.perf_counter() - start) / len(batches), sft.peak_gb()
+
+
+def draw_lengths(number, longest, seed):
+    """Lengths of responses: log-normal, median 600, 95 % below 2,000 (for `longest` 2,048; in proportion else)."""
+    rng = random.Random(seed)
+    return [max(1, min(longest, round(rng.lognormvariate(math.log(600), math.log(2000 / 600) / 1.645) * longest / 2048)))
+            for _ in range(number)]
+
+
+def fixed_loss(model, ranks):
+    """Loss of eight rows that are the same for every number of ranks."""
+    generator = torch.Generator().manual_seed(7)
+    rows = torch.randint(4, model.config.vocab_size, (8, 512), generator=generator).tolist()
+    rows = rows[ranks.rank::ranks.world]
+    batch = sft.make_batch(rows, ranks.device)
+    select = (batch.positions < 511).nonzero()[:, 0]  # the end of a row predicts nothing: what follows depends on the ranks
+    weights = torch.full((len(select),), 1 / (8 * 511), device=ranks.device)
+    with torch.no_grad():
+        loss, _, _ = model(batch, select, lambda hidden, head: chunked_ce(hidden, head, batch.ids[select + 1], weights))
+    dist.all_reduce(loss)
+    return loss.item()
+
+
+def time_state(folder, tensors, ranks):
+    """Seconds to write and to read back a training state, and its size."""
+    start = time.perf_counter()
+    sft.save_state(folder, 0, tensors, {})
+    saved = time.perf_counter()
+    dcp.load(tensors, checkpoint_id=sft.states(folder)[-1])
+    loaded = time.perf_counter()
+    if ranks.rank == 0:
+        size = sum(f.stat().st_size for f in Path(sft.states(folder)[-1]).iterdir())
+        print(f"state: {size / 2**30:.1f} GiB, saved in {saved - start:.1f} s, loaded in {loaded - saved:.1f} s", flush=True)
+
+
+def compare_sampler(sampler, tokenizer, number=128, tokens=512):
+    """Tokens per second of srt.py's stream and of a bare LLM.generate on the same prompts with the same parameters."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+    prompts = torch.randint(1000, len(tokenizer), (number, 128)).tolist()
+
+    def stream():
+        return sum(len(sample.ids) for sample in sampler.generate(prompts, range(number), max_tokens=tokens))
+
+    def bare():
+        params = [SamplingParams(max_tokens=tokens, temperature=1.0, seed=seed, stop_token_ids=tokenizer.end_ids, logprobs=0,
+                                 detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY) for seed in range(number)]
+        outputs = sampler.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    speed = {"stream": [], "bare": []}
+    for name, run in (("bare", bare), ("stream", stream), ("bare", bare), ("stream", stream)):
+        sampler.llm.reset_prefix_cache()
+        start = time.perf_counter()
+        count = run()
+        speed[name].append(count / (time.perf_counter() - start))
+    print(f"{number} prompts of 128, {tokens} tokens each: stream {[round(v) for v in speed['stream']]} tok/s, bare "
+          f"LLM.generate {[round(v) for v in speed['bare']]}, ratio {max(speed['stream']) / max(speed['bare']):.3f}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------- against TRL's SDFT trainer
+# Both train the 4B shape for five steps of 32 prompts of 128 tokens: three with responses of 1,024 tokens, two with
+# log-normal lengths. The first word of a prompt tells its row, the row its length; nothing else is done to either.
+
+STEPS, ROWS, MARK = ["equal"] * 3 + ["log-normal"] * 2, 32, 150_000
+
+
+def peer_rows(words):
+    """(prompt of `words` words, length of its response), in the order of use."""
+    rng = random.Random(0)
+    lengths = [1024] * (ROWS * STEPS.count("equal")) + draw_lengths(ROWS * STEPS.count("log-normal"), 2048, 1)
+    return [(" ".join([f"t{MARK + row}"] + [f"t{rng.randrange(1000, MARK)}" for _ in range(words - 1)]), length)
+            for row, length in enumerate(lengths)]
+
+
+def length_of(rows, ids):
+    return rows[next(i for i in ids if i >= MARK) - MARK][1]
+
+
+def report_step(step, generate, training, seconds, peak):
+    free, total = torch.cuda.mem_get_info()
+    print("PEER " + json.dumps({"step": step, "lengths": STEPS[step], "generate": generate, "training": training,
+                                "step seconds": seconds, "peak GiB": peak, "in use GiB": (total - free) / 2**30}), flush=True)
+
+
+def ours_child(model):
+    """distill.py itself, as a user runs it, but for the lengths and the order of the problems."""
+    import distill
+    folder = Path(tempfile.mkdtemp())
+    tokenizer = verify.load_tokenizer(model)
+    around = len(verify.chat_ids(tokenizer, verify.Problem("", "t9", ""))) - 1
+    rows = peer_rows(128 - around)
+    (folder / "data.jsonl").write_text("".join(
+        json.dumps({"id": str(i), "problem": text, "answer": "3"}) + "\n" for i, (text, _) in enumerate(rows)))
+    make_sampler = srt.make_sampler
+
+    def make_and_compare(*how):
+        sampler = make_sampler(*how)
+        compare_sampler(sampler, tokenizer)
+        return sampler
+
+    srt.make_sampler = make_and_compare
+    srt.VLLMSampler.room = lambda self, ids, max_tokens: (
+        length_of(rows, ids) if max(ids) >= MARK and len(ids) == 128 and max_tokens == 2048 else max_tokens)
+    distill.step_problems = lambda step, batch, total, seed: list(range(step * batch, (step + 1) * batch))
+    write = sft.Metrics.write
+
+    def write_and_report(self, row):
+        write(self, row)
+        report_step(row["step"], row["seconds_generate"] + row["seconds_sync"],
+                    row["seconds_teacher"] + row["seconds_student"], row["seconds"], row["peak_gb"])
+
+    sft.Metrics.write = write_and_report
+    sys.argv = ["distill.py", "--model", model, "--data", str(folder / "data.jsonl"), "--out", str(folder / "out"), "--steps",
+                str(len(STEPS)), "--batch", str(ROWS), "--max_tokens", "2048", "--lr", "1e-6", "--vllm_memory", "0.2",
+                "--max_sync_gap", "1", "--save_every", "100"]
+    sft.save_model = lambda *_: None  # the last thing it does; not part of a step
+    distill.main()
+
+
+def trl_child(model):
+    """TRL's trainer on the same rows: exact reverse KL, bf16 over fp32 weights, checkpointing, vLLM in the same process."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+    from vllm import LLM
+    rows = peer_rows(125)
+    rng = random.Random(1)
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}], "privileged_context": " ".join(
+        f"t{rng.randrange(1000, MARK)}" for _ in range(length + 10))} for text, length in rows])
+    generate = LLM.generate
+
+    def generate_to_length(self, prompts, sampling_params, **how):
+        each = [sampling_params.clone() for _ in prompts]
+        for params, prompt in zip(each, prompts):
+            params.max_tokens = length_of(rows, prompt["prompt_token_ids"])
+        return generate(self, prompts, sampling_params=each, **how)
+
+    LLM.generate = generate_to_length
+    clock = {}
+
+    class Report(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            clock["start"] = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **_):
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - clock["start"]
+            report_step(state.global_step - 1, clock["generate"], seconds - clock["generate"], seconds, sft.peak_gb())
+
+    config = SDFTConfig(
+        output_dir=tempfile.mkdtemp(), max_steps=len(STEPS), per_device_train_batch_size=2, gradient_accumulation_steps=ROWS // 2,
+        num_generations=1, max_prompt_length=None, max_completion_length=2048, shuffle_dataset=False, temperature=1.0,
+        use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.2, vllm_max_model_length=4352,
+        generation_kwargs={"ignore_eos": True}, distillation_mode="full_logits", distillation_alpha=1.0,
+        distillation_is_clip=None, teacher_model_kind="base", bf16=True, gradient_checkpointing=True, learning_rate=1e-6,
+        model_init_kwargs={"attn_implementation": "sdpa", "dtype": "float32"}, save_strategy="no", report_to=[])
+    tokenizer = verify.load_tokenizer(model)
+    tokenizer.padding_side = "left"
+    trainer = SDFTTrainer(model=model, args=config, train_dataset=data, callbacks=[Report()], processing_class=tokenizer)
+    inner = trainer._generate
+
+    def timed(*how):
+        start = time.perf_counter()
+        out = inner(*how)
+        torch.cuda.synchronize()
+        clock["generate"] = time.perf_counter() - start
+        return out
+
+    trainer._generate = timed
+    trainer.train()
+
+
+def compare_with_trl(model, shape):
+    if importlib.util.find_spec("trl") is None or importlib.util.find_spec("vllm") is None:
+        return print("skipped: the comparison needs trl and vllm")
+    if not Path(model, "config.json").exists():
+        make_shape(model, shape)
+    last = {}
+    for name in ("ours", "TRL"):
+        child = subprocess.Popen([sys.executable, __file__, "--child", name, "--model", model], stdout=subprocess.PIPE,
+                                 text=True)
+        for line in child.stdout:
+            if line.startswith("PEER "):
+                row = json.loads(line[5:])
+                last[name, row["lengths"]] = row  # the last step of its kind counts: what compiles has compiled
+            if line.startswith(("PEER", "128 prompts", "step ")):
+                print(name, line, end="", flush=True)
+        child.wait()
+    for lengths in dict.fromkeys(STEPS):
+        for key in ("generate", "training", "step seconds", "peak GiB", "in use GiB"):
+            a, b = (last[name, lengths][key] if (name, lengths) in last else math.nan for name in ("ours", "TRL"))
+            print(f"{lengths:12s} {key:16s} ours {a:7.2f}  TRL {b:7.2f}  ratio {a / b:.2f}", flush=True)
 
 
 def main():
@@ -69,10 +288,18 @@ def main():
     parser.add_argument("--shape", choices=SHAPES, default="4B" if torch.cuda.is_available() else "tiny")
     parser.add_argument("--rows", type=int, nargs="+", default=[4096] * 4 if torch.cuda.is_available() else [64] * 4)
     parser.add_argument("--only", nargs="+", default=["sft 1 1", "sft 0 1", "teacher 0 1"], help="'kind checkpointing compile'")
+    parser.add_argument("--varied", action="store_true", help="rows of other lengths in each step, as many tokens as --rows")
+    parser.add_argument("--peer", action="store_true", help="distill.py against TRL's SDFT trainer, and stop")
+    parser.add_argument("--child", choices=("ours", "TRL"), help=argparse.SUPPRESS)
+    parser.add_argument("--state", metavar="FOLDER", help="save and load the state of an sft row there too, timed")
     parser.add_argument("--repeats", type=int, default=4)
     args = parser.parse_args()
     if args.make:
         return make_shape(args.make, args.shape)
+    if args.peer:
+        return compare_with_trl(args.model, args.shape)
+    if args.child:
+        return {"ours": ours_child, "TRL": trl_child}[args.child](args.model)
     ranks = verify.launch()
     if ranks.rank == 0 and not Path(args.model, "config.json").exists():
         make_shape(args.model, args.shape)
@@ -81,36 +308,51 @@ def main():
     if ranks.rank == 0:
         print(f"{args.shape}, rows {args.rows}, {ranks.world} rank(s), {dtype}, torch {torch.__version__}, "
               f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}")
-        print(f"{'':28s} {'s':>8s} {'tok/s per rank':>15s} {'model TFLOP/s':>14s} {'MFU':>6s} {'peak GiB':>9s}")
+        print(f"{'':28s} {'s':>8s} {'tok/s per rank':>15s} {'model TFLOP/s':>14s} {'MFU':>6s} {'peak GiB':>9s} {'fixed loss':>10s} {'graphs':>7s}")
     for what in args.only:
         kind, checkpointing, compile = what.split()[0], what.split()[1], what.split()[2] == "1"
         model = sft.load_model(args.model, ranks, sft.make_mesh(ranks), dtype, trainable=kind == "sft",
                                checkpointing=checkpointing == "1", compile=compile)
         optimizer = sft.make_optimizer(model, 0.0, (0.9, 0.95)) if kind == "sft" else None
         generator = torch.Generator().manual_seed(ranks.rank)
-        batch = sft.make_batch([torch.randint(4, model.config.vocab_size, (n,), generator=generator).tolist()
-                                for n in args.rows], ranks.device)
-        T = len(batch.ids)
-        select, targets = torch.arange(T, device=ranks.device), batch.ids.roll(-1)
-        weights = torch.full((T,), 1 / T, device=ranks.device)
+        batches = []
+        for number in range(args.repeats):
+            lengths = args.rows
+            if args.varied:  # a bin of the right size, its rows of other lengths in each step
+                lengths = draw_lengths(100, max(args.rows), f"{ranks.rank} {number}")
+                lengths = lengths[:max(k for k in range(100) if sum(lengths[:k]) <= sum(args.rows))]
+            batches.append(sft.make_batch([torch.randint(4, model.config.vocab_size, (n,), generator=generator).tolist()
+                                           for n in lengths], ranks.device))
 
-        def step():
+        def step(batch):
+            T = len(batch.ids)
+            select = torch.arange(T, device=ranks.device)
             if kind == "teacher":
                 with torch.no_grad():
                     return model(batch, select, lambda hidden, head: hidden)
-            model(batch, select, lambda hidden, head: chunked_ce(hidden, head, targets, weights))[0].backward()
+            weights = torch.full((T,), 1 / T, device=ranks.device)
+            model(batch, select, lambda hidden, head: chunked_ce(hidden, head, batch.ids.roll(-1), weights))[0].backward()
             sft.optimizer_step(model, optimizer, 1e-6, 1.0)
 
-        seconds, peak = measure(step, args.repeats)
-        flops = (3 if kind == "sft" else 1) * sft.forward_flops(model.config, args.rows, T if kind == "sft" else 0)
+        loss = fixed_loss(model, ranks) if kind == "sft" else math.nan
+        seconds, peak = measure(step, batches, len(batches) if args.varied else 2)
+        tokens = sum(len(batch.ids) for batch in batches) / len(batches)
+        flops = (3 if kind == "sft" else 1) / len(batches) * sum(sft.forward_flops(
+            model.config, [b - a for a, b in zip(batch.segments, batch.segments[1:])],
+            len(batch.ids) if kind == "sft" else 0) for batch in batches)
         share = sft.mfu(flops, seconds, 1)
         if ranks.rank == 0:
-            print(f"{f'{kind}, checkpointing {checkpointing}, compile {int(compile)}':28s} {seconds:8.3f} {T / seconds:15.0f} "
-                  f"{flops / seconds / 1e12:14.1f} {f'{share:.1%}' if share else '-':>6s} {peak:9.1f}", flush=True)
+            name = f"{kind}, checkpointing {checkpointing}, compile {int(compile)}"
+            print(f"{name:28s} {seconds:8.3f} {tokens / seconds:15.0f} {flops / seconds / 1e12:14.1f} "
+                  f"{f'{share:.1%}' if share else '-':>6s} {peak:9.1f} {loss:10.5f} "
+                  f"{torch._dynamo.utils.counters['stats']['unique_graphs']:7d}", flush=True)
+        if args.state and kind == "sft":
+            time_state(args.state, sft.training_state(model, optimizer), ranks)
         del model, optimizer, step
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
     dist.destroy_process_group()
 
 
