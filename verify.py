@@ -323,238 +323,190 @@ def revision_ids(tokenizer, x_ids, y_ids, correct, family):
 
 
 # -------------------------------------------------------------------------------------------------- math answers
-# An answer is tidied, read as a tree of small parts (lists, tuples, intervals, sets, matrices, relations, text, values),
-# and compared part by part. Plain numbers are exact fractions. Only what is left, one expression against another, goes
-# through math-verify's LaTeX parser; two expressions are equal if they agree to 40 digits, at several points where
-# there are variables. math-verify's own comparison is not used: it rounds to six decimals (1e-9 = 2e-9), takes any
-# equation for any value, and reads unknown words as products of letters, so that anagrams are equal.
+# An answer is tidied, read as a tree of Parts (a tuple of values, a set of tuples, text, ...), and compared part by part;
+# one value against another goes through latex2sympy, the parser of math-verify, and is equal if it agrees to 40 digits, at
+# several points where there are variables. math-verify's own comparison is not used: it rounds to six decimals
+# (1e-9 = 2e-9), takes any equation for any value, and reads words as products of letters, so that anagrams are equal.
 
 
 class Part(NamedTuple):
-    kind: str  # choice, text, value, list, tuple, set, union, matrix, relation
-    parts: tuple  # of Part; for choice and text (str,); for value (LaTeX without unit,)
-    mark: str = ""  # the unit of a value, the brackets of a tuple, the operators of a relation
-
-    def __str__(self):
-        if self.kind == "value":
-            return "number" if number(self.parts[0]) else "expression"
-        return "interval" if self.kind == "union" or "[" in self.mark or "]" in self.mark else self.kind
+    kind: str  # value, text, choice, equation; list, set, union (in any order); tuple, interval, matrix, row (in this one)
+    parts: tuple  # of Part; of str for the first four kinds: LaTeX without unit, words, letter, two sides
+    mark: str = ""  # the unit of a value, the brackets of a tuple or interval
+    name: str = ""  # x of `x = 3`, `x > 3` and `x \in [3, 4]`
 
 
-UNICODE = str.maketrans(dict(zip("−–×·÷π∞≤≥≠∪∩∈±°²³½¼¾，（）：θ√≈∅", (
+UNICODE = str.maketrans(dict(zip("−–×·÷π∞≤≥≠∪∩∈±°²³½¼¾，（）：θ√≈∅€£", (
     r"-|-|\times |\cdot |/|\pi |\infty |\le |\ge |\ne |\cup |\cap |\in |\pm |^\circ |^2|^3|\frac{1}{2}|\frac{1}{4}|"
-    r"\frac{3}{4}|,|(|)|:|\theta |\sqrt |\approx |\{\}").split("|"))))
+    r"\frac{3}{4}|,|(|)|:|\theta |\sqrt |\approx |\{\}|⟦euro⟧|⟦pound⟧").split("|"))))
+# Words, units, currency and percent stand in ⟦⟧ after this.
 SPELLINGS = [(re.compile(a), b) for a, b in (
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|boldsymbol|bm)(?![A-Za-z])", ""),
-    (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!|\\ |~)(?=\d{3}(?!\d))", ""),  # 10{,}000
-    (r"(?<!\\)\\(?:[,;:! ]|quad(?![a-z])|qquad(?![a-z]))|[~\s]+|\\\\(?=\s*$)", " "),
-    (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\\(?:lbrace|rbrace)(?![a-z])", lambda m: r"\{" if m[0][1] == "l" else r"\}"),
-    (r"\\(?:leq|leqslant)(?![a-z])", r"\\le"), (r"\\(?:geq|geqslant)(?![a-z])", r"\\ge"), (r"\\neq(?![a-z])", r"\\ne"),
-    (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
-    (r"\\(?:approx|simeq)(?![a-z])", r"="), (r"\\(?:varnothing|emptyset)(?![a-z])", r"\\{\\}"),
-    (r"\\(?:lor|vee)(?![a-z])", "⟦or⟧"), (r"\\(?:land|wedge)(?![a-z])", "⟦and⟧"), (r"\\underline(?![a-z])", ""),
-    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"\\[()\[\]]|\\(?:left|right|[bB]igg?[lr]?|displaystyle|boldsymbol|bm|underline)(?![A-Za-z])", ""),
+    (r"\\\$|US\$|(?<!\\)\$(?=\s*\d[^$]*$)", "⟦dollar⟧"), (r"\$", ""),
+    (r"(?<=\d)(?:\{,\}|,\\!|\\[,! ]|~)(?=\d{3}(?!\d))", ""),  # 10{,}000
+    (r"(?<!\\)\\(?:[,;:! ]|q?quad(?![a-z]))|[~\s]+|\\\\(?=\s*$)", " "),
+    (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\\lbrace(?![a-z])", r"\\{"), (r"\\rbrace(?![a-z])", r"\\}"),
+    (r"\\leq(?:slant)?(?![a-z])|<=", r"\\le "), (r"\\geq(?:slant)?(?![a-z])|>=", r"\\ge "), (r"\\neq(?![a-z])|!=", r"\\ne "),
+    (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"), (r"\\approx(?![a-z])", "="),
+    (r"\\(?:varnothing|emptyset)(?![a-z])", r"\\{\\}"), (r"\\(?:lor|vee)(?![a-z])", "⟦or⟧"),
+    (r"\\(?:land|wedge)(?![a-z])", "⟦and⟧"), (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
     (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
-    (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"(?<![\\A-Za-z])(?:infinity|infty|oo)(?![A-Za-z])", r"\\infty "), (r"\+\s*\\infty", r"\\infty "),
-    (r"\*\*", "^"), (r"\*", r"\\cdot "),
-    (r"\\\$|(?<!\\)\$(?=\s*[-\d.])|US\$", "⟦dollar⟧"),
-    (r"€|\\euro(?![a-z])", "⟦euro⟧"), (r"£|\\pounds(?![a-z])", "⟦pound⟧"),
-    (r"\\?%|\\percent(?![a-z])", "⟦percent⟧"), (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![a-z])", "⟦degree⟧"),
-    (r"(?<=\d)_\s*\{?\s*(\d+)\s*\}?", r"⟦base \1⟧"),
+    (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"), (r"\+\s*\\infty", r"\\infty "),
+    (r"\*\*", "^"), (r"\*", r"\\cdot "), (r"\\?%", "⟦percent⟧"), (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-z])", "⟦degree⟧"),
+    (r"(?<=\d)_\s*\{?\s*(\d+)\s*\}?", r"⟦base \1⟧"), (r"\\operatorname\*?\s*\{(\w+)\}", r"\1"),
 )]
-TEXT = re.compile(r"\\(text\w*|math\w+|mbox|hbox|operatorname)\*?\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-WORD = re.compile(r"(?<![\\A-Za-z⟦])(?<!\\begin\{)(?<!\\end\{)[A-Za-z]{2,}(?![^⟦]*⟧)")  # two letters or more, not marked yet
-FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp max min gcd lcm det".split())
-LETTER_PRODUCT = re.compile(r"(?=..)(?:a?b?c?d?|k?l?m?n?|p?q?r?s?t?|u?v?w?x?y?z?|[ab]i|d[xy]|[abc][xyz])")
+TEXT = re.compile(r"\\(text\w*|math\w+|mbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+WORD = re.compile(r"(?<![\\A-Za-z⟦])(?<!\\begin\{)(?<!\\end\{)[A-Za-z]{2,}(?![^⟦]*⟧)")
+FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp max min gcd pi theta infty".split())
 UNITS = {name: names.split()[0] for names in (
     "cm centimeter centimetre|mm millimeter millimetre|m meter metre|km kilometer kilometre|g gram|kg kilogram|mg milligram|"
-    "s sec second|min minute|h hr hour|day|ft foot feet|in inch inches|mi mile|yd yard|l liter litre|"
-    "ml milliliter millilitre|dollar usd buck|euro eur|pound gbp lb|cent|degree deg|percent pct percentage|rad radian|unit|mph"
-    ).split("|") for name in names.split()}
-RELATION = r"=|<|>|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|\\in(?![a-z])|:"
-# what may stand on the left of `x = 3`: a letter, f(x), x_1, |AB|, \angle ABC, words, a tuple of letters
+    "s sec second|min minute|h hr hour|day|ft foot feet|in inch inches|mi mile|yd yard|l liter litre|ml milliliter|"
+    "dollar usd|euro eur|pound gbp lb|cent|degree deg|percent pct|rad radian|unit|mph").split("|") for name in names.split()}
+# What may stand on the left of `x = 3`: a letter, AB, f(x), x_1, |AB|, \angle ABC, words, a tuple of letters.
 NAME = re.compile(
-    r"\|?(?:\\(?:angle|overline|vec|triangle|measuredangle)\s*)*\{?\s*(?:[A-Za-z]|⟦[^⟧]*⟧(?:\s*⟦[^⟧]*⟧)*|\\(?:alpha|beta|gamma|"
-    r"delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|varphi|omega|Delta|Omega))\s*\}?(?:_\{?\\?\w+\s*\}?|')*(?:\^\{-1\})?"
-    r"(?:\([^()]{1,12}\))?\|?"
-    r"|\(\s*[A-Za-z](?:_\{?\w\}?)?(?:\s*,\s*[A-Za-z](?:_\{?\w\}?)?)+\s*\)")
+    r"\|?(?:\\(?:angle|overline|vec|triangle)\s*)*\{?\s*(?:[A-Za-z]|[A-Z]{2,3}|⟦[^⟧]*⟧(?:\s*⟦[^⟧]*⟧)*|\\(?:alpha|beta|gamma|delta|"
+    r"epsilon|theta|lambda|mu|rho|sigma|tau|phi|varphi|omega|Delta|Omega))\s*\}?(?:_\{?\\?\w+\s*\}?|')*(?:\^\{-1\})?"
+    r"(?:\([^()]{1,12}\))?\|?|\(\s*[A-Za-z](?:_\{?\w\}?)?(?:\s*,\s*[A-Za-z](?:_\{?\w\}?)?)+\s*\)")
 
 
 def tidy(answer):
-    """One spelling of an answer's LaTeX; words, units, currency and percent stand in ⟦⟧."""
+    """One spelling of an answer's LaTeX."""
     answer = answer.translate(UNICODE)
-    answer = re.sub(r"\\[\(\)\[\]]", "", answer)  # \( \) \[ \]
-    if answer.replace(r"\$", "").count("$") >= 2:
-        answer = re.sub(r"(?<!\\)\$", "", answer)
     for pattern, new in SPELLINGS:
         answer = pattern.sub(new, answer)
     while TEXT.search(answer):
-        answer = TEXT.sub(lambda m: words(m[2], m[1]), answer)
+        answer = TEXT.sub(marked_words, answer)
     answer = re.sub(r"_\s*\{?\s*⟦(\w+)⟧\s*\}?", r"_{\1}", answer)  # x_{\text{max}}
     answer = WORD.sub(bare_word, answer)
     return re.sub(r"\s+", " ", answer).strip().rstrip(".").strip()
 
 
-def words(text, command):
-    """What stands in \\text{} and the like, each word in it marked."""
-    if re.fullmatch(r"\s*[A-Za-z]\s*" if command not in ("mathrm", "text") else "[dei]", text):
-        return text  # \mathbf{v}, \mathrm{d}x
-    return re.sub(r"(?<!⟦)\b[A-Za-z][A-Za-z']*(?![^⟦]*⟧)", r"⟦\g<0>⟧", text)
+def marked_words(match):
+    """The inside of \\text{} and the like, its words in ⟦⟧; a letter in bold or in italics is a variable."""
+    if re.fullmatch(r"[A-Za-z]" if match[1] not in ("text", "mathrm") else "[dei]", match[2].strip()):
+        return match[2]
+    return re.sub(r"(?<!⟦)\b[A-Za-z][A-Za-z']*(?![^⟦]*⟧)", r"⟦\g<0>⟧", match[2])
 
 
 def bare_word(match):
-    """A run of letters outside \\text{}: a function, a product of variables (xy, mgh in a formula), or a word."""
-    word, before, after = match[0], match.string[:match.start()][-1:], match.string[match.end():][:1]
-    if word in FUNCTIONS and before in tuple("_{"):
-        return word  # x_{max}
-    if word in FUNCTIONS or word in ("pi", "theta"):
-        return f"\\{word} "
-    in_formula = len(word) < 5 and word not in UNITS and (before in tuple("^_{}/+") or after in tuple("^_}/+("))
-    return word if in_formula or LETTER_PRODUCT.fullmatch("".join(sorted(word))) else f"⟦{word}⟧"
+    """A run of letters outside \\text{}: a function, a product of two or three variables in a formula, or a word."""
+    word, before, after = match[0], match.string[:match.start()].rstrip()[-1:], match.string[match.end():].lstrip()[:1]
+    if word in FUNCTIONS:
+        return word if before in tuple("_{") else f"\\{word} "  # x_{max}
+    in_formula = re.fullmatch(r"[\d^_{}/+=|-]", before) or re.fullmatch(r"[\d^_}/+=|(\\-]", after)
+    return word if in_formula and len(word) < 4 and word not in UNITS else f"⟦{word}⟧"
 
 
 def split(text, pattern):
     """(pieces, separators) of text at the matches of pattern that stand outside all brackets."""
     pieces, found, depth, at = [], [], 0, 0
-    for m in re.finditer(r"\\begin(?=\{)|\\end(?=\{)|\\[{}]|\\langle|\\rangle|[()\[\]{}]|" + pattern, text):
-        token = m[0]
-        if token in (r"\begin", r"\{", r"\langle", "(", "[", "{"):
+    for m in re.finditer(r"\\begin(?=\{)|\\end(?=\{)|\\[{}]|\\[lr]angle|[()\[\]{}]|" + pattern, text):
+        if m[0] in (r"\begin", r"\{", r"\langle", "(", "[", "{"):
             depth += 1
-        elif token in (r"\end", r"\}", r"\rangle", ")", "]", "}"):
+        elif m[0] in (r"\end", r"\}", r"\rangle", ")", "]", "}"):
             depth -= 1
         elif depth == 0:
             pieces.append(text[at: m.start()].strip())
-            found.append(token)
+            found.append(m[0])
             at = m.end()
     return [*pieces, text[at:].strip()], found
 
 
+def inside_of(text, opening, closing):
+    """What stands between an opening bracket and the closing one that ends the text, or None."""
+    m = re.fullmatch(f"({opening})(.*)({closing})", text, re.DOTALL)
+    depth = 0
+    for token in re.finditer(r"\\[{}]|[()\[\]{}]", m[2] if m else ")"):
+        depth += 1 if token[0][-1] in "([{" else -1
+        if depth < 0:
+            return None
+    return m if depth == 0 else None
+
+
 def read(text):
-    """The Part tree of a tidied answer. Raises ValueError where there is none."""
+    """The Part of a tidied answer. Raises ValueError where there is none."""
     text = text.strip().rstrip(".;,").strip()
-    while text.startswith("{") and text.endswith("}") and balanced(text[1:-1]):
-        text = text[1:-1].strip()
+    while m := inside_of(text, r"\{", r"\}"):
+        text = m[2].strip()
     plain = text.replace("⟦", "").replace("⟧", "").strip()
     if not plain:
         raise ValueError("empty")
     if m := re.fullmatch(r"\(?\s*([A-J])\s*[).:]?", plain):
         return Part("choice", (m[1],))
-    text = re.sub(r"\](.+,.+)\[", r"(\1)", text) if re.fullmatch(r"\][^\[\]]+\[", text) else text
-    text = re.sub(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?!\d|,\d)", lambda m: m[0].replace(",", ""), text) \
-        if text[0] not in "([" and not text.startswith((r"\{", r"\langle")) else text
+    if not re.match(r"[(\[]|\\\{|\\langle", text):  # 10,000 and 1, 10,000 but not (10,000)
+        text = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)", lambda m: m[0].replace(",", ""), text)
     pieces = [p for p in split(text, r"[,;]|⟦and⟧|⟦or⟧")[0] if p]
     if len(pieces) > 1:
         return Part("list", tuple(map(read, pieces)))
-    if m := re.fullmatch(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", text, re.DOTALL):
-        rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", m[2]) if row.strip()]
-        cells = [Part("list", tuple(map(read, row.split("&")))) for row in rows]
-        return Part("matrix", tuple(cells), m[1] if m[1] in ("vmatrix", "Vmatrix") else "")
-    sides, operators = split(text, RELATION)
-    if len(sides) > 1:
-        if operators == [r"\in"] and NAME.fullmatch(sides[0]):
-            return read(sides[1])
-        return Part("relation", tuple(sides), " ".join(operators))
+    if m := re.fullmatch(r"\\begin\{([pbB]matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", text, re.DOTALL):
+        rows = [row.split("&") for row in re.split(r"\\\\(?:\[[^\]]*\])?", m[2]) if row.strip()]
+        return Part("matrix", tuple(Part("row", tuple(map(read, row))) for row in rows))
+    sides, operators = split(text, r"=|<|>|\\(?:le|ge|ne|in)(?![a-z])|:")
+    if operators in (["="], [r"\in"]) and NAME.fullmatch(sides[0]):
+        return read(sides[1])._replace(name=sides[0].replace(" ", ""))
+    if operators:
+        return relation(sides, operators)
     members = split(text, r"\\cup(?![a-z])")[0]
     if len(members) > 1:
         return Part("union", tuple(map(read, members)))
-    m = re.fullmatch(r"(\(|\[|\\langle|\\\{)(.*)(\)|\]|\\rangle|\\\})", text, re.DOTALL)
-    if m and balanced(m[2]):
+    if m := inside_of(text, r"\(|\[|\\langle|\\\{", r"\)|\]|\\rangle|\\\}"):
+        inside = tuple(map(read, filter(None, split(m[2], r"[,;]")[0])))
+        brackets = m[1][-1] + m[3][-1]
         if m[1] == r"\{":
-            return Part("set", tuple(read(p) for p in split(m[2], r"[,;]")[0] if p))
-        inside = [p for p in split(m[2], r"[,;]")[0] if p]
+            return Part("set", inside)
         if len(inside) > 1:
-            return Part("tuple", tuple(map(read, inside)), (m[1] + m[3]).replace(r"\langle", "(").replace(r"\rangle", ")"))
-        if m[1] + m[3] in ("()", "[]"):
-            return read(m[2])
+            return Part("interval" if re.search(r"[\[\]]", brackets) else "tuple", inside, brackets.replace("ee", "()"))
+        if brackets in ("()", "[]"):
+            return inside[0]
     if r"\pm" in text:
         return Part("list", (read(text.replace(r"\pm", "+")), read(text.replace(r"\pm", "-"))))
     return read_value(text)
 
 
-def balanced(text):
-    depth = 0
-    for token in re.finditer(r"\\[{}]|[()\[\]{}]", text):
-        depth += 1 if token[0][-1] in "([{" else -1
-        if depth < 0:
-            return False
-    return depth == 0
+def relation(sides, operators):
+    """An equation, a ratio (a tuple), or `x > 3` and `1 < x \\le 2` as intervals. Raises ValueError for other relations."""
+    if operators == ["="]:
+        return Part("equation", tuple(sides))
+    if set(operators) == {":"}:
+        return Part("tuple", tuple(map(read, sides)), ":")
+    if set(operators) <= {">", r"\ge"}:
+        sides, operators = sides[::-1], [{">": "<", r"\ge": r"\le"}[op] for op in operators[::-1]]
+    if len(sides) == 2 and NAME.fullmatch(sides[0]):
+        sides, operators = [r"-\infty", *sides], ["<", *operators]
+    elif len(sides) == 2:
+        sides, operators = [*sides, r"\infty"], [*operators, "<"]
+    if len(sides) != 3 or not set(operators) <= {"<", r"\le"} or not NAME.fullmatch(sides[1]):
+        raise ValueError("a relation of another form")
+    brackets = ("[" if operators[0] == r"\le" else "(") + ("]" if operators[1] == r"\le" else ")")
+    kind = "tuple" if brackets == "()" else "interval"
+    return Part(kind, (read(sides[0]), read(sides[2])), brackets, sides[1].replace(" ", ""))
 
 
 def read_value(text):
     """A value with its unit in front or behind, or text."""
-    if "⟦" not in text:
-        return Part("value", (text,))
     if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
         text = re.sub(r"(\d+(?:\.\d+)?)\s*⟦degree⟧", r"(\1\\pi/180)", text)
     m = re.fullmatch(r"(-?)\s*((?:⟦(?:dollar|euro|pound)⟧)?)([^⟦⟧]*?)"
                      r"((?:[\s/]*\{?⟦[^⟧]*⟧\}?(?:\s*\^\s*\{?-?\d\}?)?|\s*\\cdot)*)", text)
     if m and m[3].strip():  # after a number any words may stand, after x only measures
-        words_after = unit(m[2] + m[4])
-        if re.search(r"\d|\\pi|\\sqrt", m[3]) or all(w.partition("^")[0] in UNITS for w in words_after.split()):
-            return Part("value", ((m[1] + m[3]).strip(),), words_after)
+        words = unit(m[2] + m[4])
+        if re.search(r"\d|\\pi|\\sqrt", m[3]) or all(w.partition("^")[0] in UNITS for w in words.split()):
+            return Part("value", ((m[1] + m[3]).strip(),), words)
     if re.search(r"[\\^=]", text):
         raise ValueError(f"neither mathematics nor text: {text[:40]}")
-    plain = re.sub(r"[^\w+-]+", " ", text).strip().lower()
-    return Part("text", (re.sub(r"^(?:the|a|an) ", "", plain),))
+    return Part("text", (re.sub(r"^(?:the|a|an) ", "", re.sub(r"[^\w+-]+", " ", text).strip().lower()),))
 
 
 def unit(text):
     """Words of a unit in one spelling: 'square centimeters' -> 'cm^2'."""
-    text = re.sub(r"[⟦⟧{}]|\\cdot|\bof\b|\bthe\b|\bper\b", " ", text).lower().replace("/", " ")
-    text = re.sub(r"\b(?:square|sq)\s+(\w+)", r"\1^2", re.sub(r"\bcubic\s+(\w+)", r"\1^3", text))
-    text = re.sub(r"\s*\^\s*", "^", text)
+    text = re.sub(r"[⟦⟧{}/]|\\cdot|\b(?:of|the|per)\b", " ", text).lower()
+    text = re.sub(r"\bcubic\s+(\w+)", r"\1^3", re.sub(r"\b(?:square|sq)\s+(\w+)", r"\1^2", re.sub(r"\s*\^\s*", "^", text)))
     found = []
-    for word, power in (re.match(r"(\w*)(.*)", w).groups() for w in text.split()):
+    for word, power in re.findall(r"(\w+)(\S*)", text):
         single = word[:-1] if word.endswith("s") and len(word) > 1 else word
         found.append(UNITS.get(word, UNITS.get(single, single)) + power)
     return " ".join(sorted(found))
-
-
-def number(text):
-    """
-    (value, unit) of a plain number: integer, decimal (also repeating), fraction, mixed number, or power of ten; None for
-    anything else. value is an exact Fraction; unit is that of the last place of a decimal of six digits or more, else 0.
-    """
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip())
-    text = re.sub(r"[{]([-+]?[\d.]+)[}]", r"{\1}", text)
-    sign, text = re.fullmatch(r"([-+]?)\s*(.*)", text, re.DOTALL).groups()
-    sign = -1 if sign == "-" else 1
-    decimal = r"\d+(?:\.\d*)?|\.\d+"
-    if re.fullmatch(decimal, text):
-        return sign * Fraction(text.rstrip(".")), last_place(text)
-    if m := re.fullmatch(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", text):
-        whole, head, tail = m.groups()
-        return sign * (Fraction(int((whole + head + tail) or 0) - int((whole + head) or 0),
-                                (10 ** len(tail) - 1) * 10 ** len(head))), 0
-    if m := (re.fullmatch(rf"(\d*)\s*\\frac\s*\{{\s*([-+]?)\s*({decimal})\s*\}}\s*\{{\s*([-+]?)\s*({decimal})\s*\}}", text)
-             or re.fullmatch(rf"(?:(\d+)\s+)?([-+]?)({decimal})\s*/\s*([-+]?)({decimal})", text)):
-        if not Fraction(m[5]) or (m[1] and (m[2] or m[4])):
-            return None
-        minus = -1 if (m[2] == "-") != (m[4] == "-") else 1
-        return sign * (int(m[1] or 0) + minus * Fraction(m[3]) / Fraction(m[5])), 0
-    m = re.fullmatch(rf"(?:({decimal})\s*(?:\\times|\\cdot|x)\s*)?10\s*\^\s*(?:\{{\s*([-+]?\s*\d+)\s*\}}|([-+]?\d))", text) \
-        or re.fullmatch(rf"({decimal})\s*[eE]\s*([-+]?\d+)()", text)
-    if m and len(m[2] or "") < 5:
-        power = Fraction(10) ** int((m[2] or m[3]).replace(" ", ""))
-        return sign * Fraction(m[1] or 1) * power, last_place(m[1] or "") * power
-    return None
-
-
-def last_place(text):
-    """0.01 for 1234.56; 0 for a number without a decimal point or with fewer than six digits."""
-    digits = text.replace(".", "").lstrip("0")
-    return Fraction(1, 10 ** len(text.partition(".")[2])) if "." in text and len(digits) >= 6 else Fraction(0)
-
-
-def terminates(value):
-    """Whether a fraction has finitely many decimals."""
-    rest = value.denominator
-    for p in (2, 5):
-        while rest % p == 0:
-            rest //= p
-    return rest == 1
 
 
 @functools.lru_cache(4096)
@@ -562,16 +514,20 @@ def expression(text):
     """A sympy expression of one LaTeX value, decimals as fractions. Raises ValueError where it has none."""
     import sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
-    value = number(text)
-    if value:
-        return sympy.Rational(value[0].numerator, value[0].denominator)
-    if re.search(r"[⟦⟧&;\"?@#]|\.\.|[^\x00-\x7f]", text):
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # (1,000)
+    if re.fullmatch(r"-?\d+\.?\d*|-?\.\d+", text):
+        return sympy.Rational(text.rstrip("."))
+    if re.search(r"[⟦⟧&;\"?@#]|\.\.|\d\s+\.?\d(?!\d*\s*/)|[^\x00-\x7f]", text):
         raise ValueError(f"no expression: {text[:40]}")
-    text = re.sub(r"_\{\s*\\(\w+)\s*\}", r"_{\1}", text)  # three that the parser cannot take: x_{\max}, E_1, \gamma
+    # A mixed number, powers of ten, endless decimals; then what the parser cannot take: x_{\max}, E_1, \gamma, x'.
+    text = re.sub(r"^(-?)(\d+)\s*(?:\\frac\{(\d+)\}\{(\d+)\}|(?<=\s)(\d+)/(\d+))$", r"\1(\2+\\frac{\3\5}{\4\6})", text)
+    text = re.sub(r"(?<![\w\\.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)", r"\1 \\cdot 10^{\2}", text)
+    text = re.sub(r"(\d*\.(\d*))\\overline\s*\{?(\d+)\}?",
+                  lambda m: rf"({m[1]}0+\frac{{{m[3]}}}{{{10 ** len(m[3]) - 1}\cdot 10^{{{len(m[2])}}}}})", text)
+    text = re.sub(r"_\{\s*\\(\w+)\s*\}", r"_{\1}", text)
     text = re.sub(r"(?<![\\A-Za-z])([eE])_\{?(\w+)\}?", r"X_{\1\2}", text)
     text = re.sub(r"\\gamma(?![a-z])", r" X_{gamma} ", text)
     text = re.sub(r"([A-Za-z])(?:\^\s*\{?\\prime\}?|')", r"\1_{prime}", text)
-    text = re.sub(r"(?<![\w\\.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)", r"\1 \\times 10^{\2}", text)
     try:
         parsed = latex2sympy(text, is_real=None, conversion_config=ConversionConfig(lowercase_symbols=False),
                              normalization_config=NormalizationConfig(
@@ -589,110 +545,58 @@ def expression(text):
         raise ValueError(f"no expression: {text[:40]}") from e
 
 
-def samples(*expressions):
+def samples(e, f):
     """
-    Yields the complex values of expressions, to 50 digits, where all have one: at five points if there are variables (the
-    same point for the same names in every call, one of them negative), else once.
+    [(value of e, value of f), ...] to 50 digits, where both are finite: at five points if there are variables (the same
+    for the same names in every call, one of them negative), else once.
     """
     import random
     import sympy
-    names = {str(symbol) for expr in expressions for symbol in expr.free_symbols}
-    for trial in range(5 if names else 1):
+    found = []
+    for trial in range(5 if e.free_symbols or f.free_symbols else 1):
         at = {}
-        for name in names:
-            rng = random.Random(f"{name} {trial}")
-            at[name] = sympy.Rational(rng.randint(11, 97), rng.choice((7, 13, 19, 23))) * (-1 if trial == 2 else 1)
-        found = [expr.subs({s: at[str(s)] for s in expr.free_symbols}).evalf(50) for expr in expressions]
-        if all(value.is_number and value.is_finite for value in found):
-            yield found
+        for symbol in e.free_symbols | f.free_symbols:
+            rng = random.Random(f"{symbol} {trial}")
+            at[symbol] = sympy.Rational(rng.randint(11, 97), rng.choice((7, 13, 19, 23))) * (-1 if trial == 2 else 1)
+        x, y = e.subs(at).evalf(50), f.subs(at).evalf(50)
+        if all(value.is_number and value.is_finite for value in (x, y)):
+            found.append((x, y))
+    return found
 
 
-def agree(a, b):
+def agree(x, y, tolerance=0):
     """Whether two numbers of 50 digits are the same number."""
-    size = max(abs(a), abs(b))
-    return bool(size < 1e-100 or abs(a - b) <= 1e-40 * size)
+    return bool(abs(x - y) <= max(tolerance, 1e-40 * max(abs(x), abs(y)), 1e-100))
+
+
+def rounding(text, exact):
+    """Half of the last place of a decimal of six digits or more, if the exact value has no last place; else 0."""
+    import sympy
+    m = re.fullmatch(r"-?0*(\d*)\.(\d+)", text)
+    ends = exact.is_Rational and pow(10, 1000, exact.q) == 0
+    return sympy.Rational(1, 2 * 10 ** len(m[2])) if m and len((m[1] + m[2]).lstrip("0")) >= 6 and not ends else 0
 
 
 def same_value(gold, answer):
     """Whether two LaTeX values are equal; a decimal of six digits or more may stand for a value that has no end."""
-    if gold == answer:
-        return True
-    g, a = number(gold), number(answer)
-    if g and a:
-        return g[0] == a[0] or any(unit and not terminates(exact) and abs(decimal - exact) <= unit / 2
-                                   for (decimal, unit), (exact, _) in ((g, a), (a, g)))
-    if r"\infty" in gold + answer:
+    if gold == answer or r"\infty" in gold + answer:
         return gold.replace(" ", "") == answer.replace(" ", "")
     e, f = expression(gold), expression(answer)
-    if bool(e.free_symbols) != bool(f.free_symbols):
-        return False
-    unit = (g or a or (0, 0))[1]
-    points = 0
-    for x, y in samples(e, f):
-        points += 1
-        if not agree(x, y) and not (unit and abs(x - y) <= unit.numerator / (2 * unit.denominator)):
-            return False
-    return points > bool(e.free_symbols)
+    tolerance = max(rounding(gold, f), rounding(answer, e))
+    if e.is_Rational and f.is_Rational and not tolerance:
+        return e == f
+    points = samples(e, f)
+    return bool(e.free_symbols) == bool(f.free_symbols) and len(points) > bool(e.free_symbols) and all(
+        agree(x, y, tolerance) for x, y in points)
 
 
 def same_equation(gold, answer):
     """Whether two equations say the same: left minus right of one is a constant times that of the other."""
     e, f = (expression(left) - expression(right) for left, right in (gold, answer))
-    if not e.free_symbols or {str(s) for s in e.free_symbols} != {str(s) for s in f.free_symbols}:
+    if not e.free_symbols or e.free_symbols != f.free_symbols:
         return False
     pairs = [(x, y) for x, y in samples(e, f) if x and y]
     return len(pairs) > 1 and all(agree(x * pairs[0][1], y * pairs[0][0]) for x, y in pairs[1:])
-
-
-def upwards(relation):
-    """(sides, operators) of a relation, turned round if it is written with > and \\ge."""
-    sides, operators = list(relation.parts), relation.mark.split()
-    if set(operators) <= {">", r"\ge"}:
-        return sides[::-1], [{">": "<", r"\ge": r"\le"}[op] for op in operators[::-1]]
-    return sides, operators
-
-
-def interval(relation):
-    """(name, Part) of `x > 3` or `1 < x \\le 2` as an interval, or (None, None)."""
-    sides, operators = upwards(relation)
-    if len(sides) == 2 and NAME.fullmatch(sides[0]):
-        sides, operators = [r"-\infty", *sides], ["<", *operators]
-    elif len(sides) == 2:
-        sides, operators = [*sides, r"\infty"], [*operators, "<"]
-    if len(sides) != 3 or not set(operators) <= {"<", r"\le"} or not NAME.fullmatch(sides[1]):
-        return None, None
-    brackets = ("[" if operators[0] == r"\le" else "(") + ("]" if operators[1] == r"\le" else ")")
-    return sides[1].replace(" ", ""), Part("tuple", (read(sides[0]), read(sides[2])), brackets)
-
-
-def as_set(part):
-    """A relation, or a list of relations, of one variable as an interval or a union; else the part itself."""
-    if part.kind == "relation" and not set(part.mark.split()) & {"=", ":"}:
-        return interval(part)[1] or part
-    if part.kind == "list" and all(p.kind == "relation" and interval(p)[1] for p in part.parts):
-        return Part("union", tuple(interval(p)[1] for p in part.parts))
-    return part
-
-
-def assignment(part):
-    """(name, [value, ...]) of `x = 3` or `x = 1 + 2 = 3`; (None, sides) of another chain of equalities; else (None, [])."""
-    if part.kind != "relation" or set(part.mark.split()) != {"="}:
-        return None, []
-    if NAME.fullmatch(part.parts[0]) and part.parts[0] not in ("e", "i"):
-        return part.parts[0].replace(" ", ""), list(map(read, part.parts[1:]))
-    return None, list(map(read, part.parts))
-
-
-def named_values(part):
-    """[2, 3] of `x = 2, y = 3`, a list of assignments to different names; else None."""
-    pairs = [assignment(p) for p in part.parts] if part.kind == "list" else []
-    names = {name for name, _ in pairs}
-    return [values[-1] for _, values in pairs] if pairs and None not in names and len(names) == len(pairs) else None
-
-
-def one_by_one(gold, answer):
-    """Whether parts are right answers to gold parts in this order."""
-    return len(gold) == len(answer) and all(map(same, gold, answer))
 
 
 def pair_up(gold, answer):
@@ -707,81 +611,38 @@ def pair_up(gold, answer):
 
 
 def same(gold, answer):
-    """Whether an answer's Part tree is a right answer to the gold one."""
+    """Whether a Part is a right answer to a gold one."""
     if gold == answer:
         return True
-    if gold.kind == "relation" or answer.kind == "relation":
-        return same_relation(gold, answer)
     kinds = {gold.kind, answer.kind}
-    if kinds == {"list", "union"} or (kinds & {"union", "tuple"} and answer.kind == "list"):
-        gold, answer = as_set(gold), as_set(answer)
-        kinds = {gold.kind, answer.kind}
-    for named, plain in ((gold, answer), (answer, gold)):  # x = 2, y = 3 against 2, 3 or (2, 3): order counts
-        values = named_values(named)
-        if values and plain.kind in ("list", "tuple") and plain.mark in ("", "()") \
-                and "relation" not in {p.kind for p in plain.parts}:
-            return one_by_one(values, plain.parts) if named is gold else one_by_one(plain.parts, values)
-    if kinds == {"list"} or kinds == {"union"}:
-        return pair_up(gold.parts, answer.parts)
-    if kinds <= {"list", "set"}:
-        return (all(any(same(g, a) for a in answer.parts) for g in gold.parts)
-                and all(any(same(g, a) for g in gold.parts) for a in answer.parts))
+    if "equation" in kinds or (gold.name and answer.name and gold.name != answer.name):  # else a name may be left out
+        sides = [(part.name, *part.parts) if part.name else part.parts for part in (gold, answer)
+                 if part.kind == "equation" or (part.name and part.kind == "value")]
+        return len(sides) == 2 and same_equation(*sides)
+    if kinds <= {"list", "set"} or kinds == {"union"}:
+        names = {part.name for part in gold.parts}  # of x = 2, y = 3 no name may be left out
+        return (len(names) < 2 or names == {part.name for part in answer.parts}) and pair_up(gold.parts, answer.parts)
     if gold.kind == "choice":  # the letter alone, in either case
         return answer.parts == (gold.parts[0].lower(),)
     if len(kinds) > 1:
         return False
     if gold.kind == "value":
-        return same_quantity(gold, answer)
+        return same_quantity(*gold.parts, gold.mark, *answer.parts, answer.mark)
     if gold.kind == "text":
         return gold.parts == answer.parts
-    if gold.kind == "matrix":  # its rows are lists, in which order counts
-        return gold.mark == answer.mark and len(gold.parts) == len(answer.parts) and all(
-            one_by_one(g.parts, a.parts) for g, a in zip(gold.parts, answer.parts))
-    return gold.mark == answer.mark and one_by_one(gold.parts, answer.parts)
+    return gold.mark == answer.mark and len(gold.parts) == len(answer.parts) and all(map(same, gold.parts, answer.parts))
 
 
-def same_relation(gold, answer):
-    """`same` where at least one side is an equation, an inequality or a ratio."""
-    (name, gold_values), (other, answer_values) = assignment(gold), assignment(answer)
-    if gold.kind != "relation":
-        if answer_values:  # 3 <- x = 3, and 3 <- 1 + 2 = 3
-            return all(same(gold, value) for value in answer_values)
-        converted = as_set(answer)
-        return converted.kind != "relation" and same(gold, converted)
-    if answer.kind != "relation":
-        if name:  # x = 3 <- 3
-            return same(gold_values[-1], answer)
-        converted = as_set(gold)
-        return converted.kind != "relation" and same(converted, answer)
-    if name and other and (name == other or not (len(gold.parts) == len(answer.parts) == 2)):
-        return name == other and all(same(gold_values[-1], value) for value in answer_values)
-    if gold.mark == answer.mark == "=":
-        if name and other and all(v.kind == "value" and number(v.parts[0]) for v in (gold_values[-1], answer_values[-1])):
-            return False  # x = 3 and y = 3
-        return same_equation(gold.parts, answer.parts)
-    (variable, g), (other, a) = interval(gold), interval(answer)
-    if g and a:
-        return variable == other and same(g, a)
-    (gold_sides, gold_operators), (sides, operators) = upwards(gold), upwards(answer)
-    return gold_operators == operators and one_by_one(list(map(read, gold_sides)), list(map(read, sides)))
-
-
-def same_quantity(gold, answer):
+def same_quantity(gold, gold_unit, answer, answer_unit):
     """
     `same` for two values with units. A unit may be left out; given on both sides it must be the same one (no
     conversion). 50 % is 50 or 0.5; a gold without percent takes p % as p/100, and as p where gold is over 1.
     """
-    (g,), (a,), g_unit, a_unit = gold.parts, answer.parts, gold.mark.split(), answer.mark.split()
-    if "percent" in g_unit and "percent" not in a_unit:
-        return not a_unit and (same_value(g, a) or same_value(f"\\frac{{{g}}}{{100}}", a))
-    if "percent" in a_unit and "percent" not in g_unit:
-        plain = number(g)
-        return (plain is not None and plain[0] > 1 and same_value(g, a)) or same_value(g, f"\\frac{{{a}}}{{100}}")
-    if g_unit and a_unit:  # words beside the measures may be left out: 5 red apples
-        measures = [{u for u in units if u.partition("^")[0] in UNITS} for units in (g_unit, a_unit)]
-        if measures[0] != measures[1] or not (set(g_unit) <= set(a_unit) or set(a_unit) <= set(g_unit)):
-            return False
-    return same_value(g, a)
+    if gold_unit == "percent" and not answer_unit:
+        return same_value(gold, answer) or same_value(f"\\frac{{{gold}}}{{100}}", answer)
+    if answer_unit == "percent" and not gold_unit:
+        return (expression(gold) > 1) == True and same_value(gold, answer) or same_value(gold, f"\\frac{{{answer}}}{{100}}")
+    return (not gold_unit or not answer_unit or gold_unit == answer_unit) and same_value(gold, answer)
 
 
 # What sympy and the reading raise for what they cannot take. MemoryError is not among them: it ends the worker.
@@ -789,24 +650,26 @@ UNREADABLE = (ValueError, TypeError, AttributeError, ArithmeticError, RecursionE
 
 
 def gold_kind(gold):
-    """The kind of a gold answer ('integer', 'tuple', ...), for the report; 'bad' if it cannot be judged against."""
+    """The kind of a gold answer ('number', 'tuple', ...), for the report; 'bad' if it cannot be judged against."""
     try:
         part = read(tidy(gold))
-        return str(part) if can_be_gold(part) else "bad"
+        if not can_be_gold(part):
+            return "bad"
+        if part.name and part.kind == "value":
+            return "equation"
+        is_number = part.kind == "value" and r"\infty" not in part.parts[0] and expression(part.parts[0]).is_Rational
+        return "number" if is_number else "expression" if part.kind == "value" else part.kind
     except UNREADABLE:
         return "bad"
 
 
 def can_be_gold(part):
     """Whether all values of a gold answer are expressions and its texts are short; raises what UNREADABLE names if not."""
-    if part.kind == "value":
-        return r"\infty" in part.parts[0] or bool(expression(part.parts[0]) is not None)
     if part.kind == "text":
         return len(part.parts[0]) <= 80 and part.parts[0] not in ("", "nan", "inf", "null", "undefined")
-    if part.kind == "choice":
-        return True
-    return all(can_be_gold(read(p) if part.kind == "relation" else p) for p in part.parts
-               if part.kind != "relation" or not NAME.fullmatch(p))
+    if part.kind in ("value", "equation"):
+        return all(r"\infty" in text or expression(text) is not None for text in part.parts)
+    return part.kind == "choice" or all(map(can_be_gold, part.parts))
 
 
 def right_answer(gold, answer):
