@@ -54,7 +54,7 @@ def test_the_labelled_set_covers_every_type():
     rights = defaultdict(set)
     for kind, _, _, right in labelled():
         rights[kind].add(right)
-    assert len(labelled()) >= 300
+    assert len(labelled()) >= 450
     assert all(rights[kind] == {True, False} for kind in TYPES)
     assert len({(gold, response) for _, gold, response, _ in labelled()}) == len(labelled())
 
@@ -119,8 +119,8 @@ def test_gold_that_cannot_be_parsed_is_dropped(judge, gold):
 
 @pytest.mark.parametrize("gold, kind", [
     ("10{,}000", "number"), ("3\\frac12", "number"), ("\\sqrt 2", "expression"), ("(1,2)", "tuple"), ("[1,2)", "interval"),
-    ("\\{1,2\\}", "set"), ("1, 2", "list"), ("x=3", "relation"), ("\\text{yes}", "text"), ("(B)", "choice"),
-    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "matrix"), ("(0,1) \\cup [2,3]", "interval")])
+    ("\\{1,2\\}", "set"), ("1, 2", "list"), ("x=3", "number"), ("x+y=3", "equation"), ("\\text{yes}", "text"), ("(B)", "choice"),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "matrix"), ("(0,1) \\cup [2,3]", "union")])
 def test_kind_of_a_gold_answer(gold, kind):
     assert verify.gold_kind(gold) == kind
 
@@ -345,7 +345,7 @@ def test_start_up_of_the_pool():
 
 def test_counts_of_the_labelled_set():
     """The README names these numbers."""
-    assert len(labelled()) == 956 and Counter(r[3] for r in labelled())[True] == 477
+    assert len(labelled()) == 942 and Counter(r[3] for r in labelled())[True] == 463
 
 
 if __name__ == "__main__":
