@@ -338,7 +338,7 @@ def check_attack(run, is_timeout, limit=1.0):
         assert sandbox_processes() == []
         files, available = host()
         started = time.time()
-        assert run() == ("late" if is_timeout else "0")
+        assert run() == ("timeout" if is_timeout else "wrong")
         assert time.time() - started < limit + 1.5
         assert sandbox_processes() == []
         files_after, available_after = host()
@@ -386,7 +386,7 @@ def test_compiler_bomb(source, monkeypatch):
     monkeypatch.setattr(verify, "COMPILE_SECONDS", 2.0)
     assert sandbox_processes() == []
     started = time.time()
-    assert judge_here(source, CPP) in ("0", "late")
+    assert judge_here(source, CPP) in ("wrong", "timeout")
     assert time.time() - started < 4 and sandbox_processes() == []
 
 
@@ -439,7 +439,7 @@ def test_expected_outputs_stay_outside(monkeypatch):
     run = verify.run_program
     monkeypatch.setattr(verify, "run_program", lambda *a, **k: seen.append((a, k)) or run(*a, **k))
     tests = problem(("1 2\n", "THE EXPECTED OUTPUT")).tests
-    assert verify.judge_program(PYTHON, "print(open('main.py').read())", tests, 1.0, 1.0, True) == "0"
+    assert verify.judge_program(PYTHON, "print(open('main.py').read())", tests, 1.0, 1.0, True) == "wrong"
     assert len(seen) == 1 and "THE EXPECTED OUTPUT" not in repr(seen)
 
 
@@ -448,7 +448,7 @@ def test_a_program_that_is_slow_on_every_test_cannot_hold_a_worker_for_long(monk
     monkeypatch.setattr(verify, "ALL_TESTS", 3)
     tests = problem(*[("", "3\n")] * 100, seconds=0.5).tests
     started = time.time()
-    assert verify.judge_program(PYTHON, "import time\ntime.sleep(0.3)\nprint(3)", tests, 1.0, 1.0, True) == "late"
+    assert verify.judge_program(PYTHON, "import time\ntime.sleep(0.3)\nprint(3)", tests, 1.0, 1.0, True) == "timeout"
     assert time.time() - started < 4
 
 

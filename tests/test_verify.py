@@ -106,15 +106,14 @@ def test_the_table_shows_a_difference(judge):
     ("5", "\\text{not } 5"), ("x", "\\sqrt{x^2}"), ("1", "\\text{all but } 1"), ("2", "2 \\text{ or } 3"),
 ])
 def test_not_equal_in_either_direction(gold, answer):
-    assert not verify.right_answer(gold, answer)
-    assert not verify.right_answer(answer, gold)
+    assert verify.right_answer(gold, answer) == verify.right_answer(answer, gold) == "wrong"
 
 
 @pytest.mark.parametrize("gold", ["", "\\frac{}{", "nan", "???", "\\text{nan}", "a proof that " + "very " * 40 + "long", "{", "\\",
                                   "np.arcsin(10/13)", "\\text{}", "1 2 3 = ="])
 def test_gold_that_cannot_be_parsed_is_dropped(judge, gold):
     assert judge.parse_golds([math(gold)]) == ["gold cannot be parsed"]
-    assert not verify.right_answer(gold, "5")
+    assert verify.right_answer(gold, "5") == "wrong"
 
 
 @pytest.mark.parametrize("gold, kind", [
@@ -221,7 +220,7 @@ def test_a_worker_out_of_memory_is_a_crash():
 def test_a_killed_worker_is_a_crash_and_is_replaced():
     with verify.Judge(workers=1) as judge:
         judge([math("5")], ["\\boxed{5}"])
-        for process in list(judge.processes):
+        for process in list(judge.idle):
             process.kill()
         assert judge([math("5")], ["\\boxed{6}"]) == [verify.Verdict(False, "crash")]
         assert judge([math("5")], ["\\boxed{7}"]) == [verify.Verdict(False, "wrong")]
@@ -245,7 +244,7 @@ def test_from_any_thread_and_in_order(judge):
 def test_closing_leaves_no_worker():
     with verify.Judge(workers=2) as judge:
         judge([math("5")], ["\\boxed{5}"])
-        workers = list(judge.processes)
+        workers = list(judge.idle)
         assert len(workers) == 2
     assert all(worker.poll() is not None for worker in workers)
 
