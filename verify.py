@@ -33,9 +33,8 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import NamedTuple
 
 # ---------------------------------------------------------------------------------------------------------- ranks
@@ -170,36 +169,30 @@ def load_rows(data):
     """Yields (where, row) of a .jsonl, .json or .parquet file, or of a hub name `name[:config][@split]`."""
     if data.endswith(".jsonl"):
         yield from ((f"{data}:{line}", row) for line, row in read_jsonl(data))
-    elif data.endswith((".json", ".parquet")) or os.path.exists(data):
-        if not os.path.isfile(data) or not data.endswith((".json", ".parquet")):
-            fail(f"--data {data} is not a .jsonl, .json or .parquet file")
-        if data.endswith(".parquet"):
+        return
+    kind = {".json": "JSON file", ".parquet": "parquet file"}.get(os.path.splitext(data)[1], "data set that the hub gives")
+    if os.path.exists(data) and "file" not in kind:
+        fail(f"--data {data} is not a .jsonl, .json or .parquet file")
+    try:
+        if kind == "JSON file":
+            with open(data, encoding="utf-8") as f:
+                rows = json.load(f)
+        elif kind == "parquet file":
             import pyarrow.parquet
-            try:
-                rows = pyarrow.parquet.read_table(data).to_pylist()
-            except (pyarrow.ArrowException, OSError) as e:
-                fail(f"{data}: not a parquet file ({str(e).splitlines()[0]})")
+            rows = pyarrow.parquet.read_table(data).to_pylist()
         else:
-            try:
-                with open(data, encoding="utf-8") as f:
-                    rows = json.load(f)
-            except ValueError as e:  # JSONDecodeError and UnicodeDecodeError
-                fail(f"{data}: not a JSON file in UTF-8 ({e})")
-        if not isinstance(rows, list):
-            fail(f"{data}: a list of rows is wanted, found {type(rows).__name__}")
-        for i, row in enumerate(rows):
-            if not isinstance(row, dict):
-                fail(f"{data}: row {i}: an object is wanted, found {type(row).__name__}")
-            yield f"{data}: row {i}", row
-    else:
-        import datasets
-        name, _, split = data.partition("@")
-        name, _, config = name.partition(":")
-        try:
-            rows = datasets.load_dataset(name, config or None, split=split or "train")
-        except (OSError, ValueError) as e:
-            fail(f"--data {data} is neither a file here nor a data set that the hub gives: {str(e).splitlines()[0]}")
-        yield from ((f"{data}: row {i}", row) for i, row in enumerate(rows))
+            import datasets
+            name, _, split_ = data.partition("@")
+            name, _, config = name.partition(":")
+            rows = list(datasets.load_dataset(name, config or None, split=split_ or "train"))
+    except (OSError, ValueError) as e:
+        fail(f"--data {data}: not a {kind}: {str(e).splitlines()[0]}")
+    if not isinstance(rows, list):
+        fail(f"{data}: a list of rows is wanted, found {type(rows).__name__}")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            fail(f"{data}: row {i}: an object is wanted, found {type(row).__name__}")
+        yield f"{data}: row {i}", row
 
 
 def load_problems(data, judge, mode="math", range_=None, max_problems=None):
@@ -331,9 +324,9 @@ def revision_ids(tokenizer, x_ids, y_ids, correct, family):
 
 class Part(NamedTuple):
     kind: str  # value, text, choice, equation; list, set, union (in any order); tuple, interval, matrix, row (in this one)
-    parts: tuple  # of Part; (expression, half of a decimal's last place); (words,); (letter,); (what is zero,)
+    parts: tuple  # of Part; for the first four kinds (expression,), (words,), (letter,), (expression that is zero,)
     mark: str = ""  # the unit of a value, the brackets of a tuple or interval
-    name: str = ""  # x of `x = 3`, `x > 3` and `x \in [3, 4]`
+    name: str = ""  # x of `x = 3` and `x \in [3, 4]`
 
 
 UNICODE = str.maketrans(dict(zip("−–×·÷π∞≤≥≠∪∩∈±°²³½¼¾，（）：θ√≈∅€£", (
@@ -346,8 +339,7 @@ SPELLINGS = [(re.compile(a), b) for a, b in (
     (r"(?<=\d)(?:\{,\}|,\\!|\\[,! ]|~)(?=\d{3}(?!\d))", ""),  # 10{,}000
     (r"(?<!\\)\\(?:[,;:! ]|q?quad(?![a-z]))|[~\s]+|\\\\(?=\s*$)", " "),
     (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\\lbrace(?![a-z])", r"\\{"), (r"\\rbrace(?![a-z])", r"\\}"),
-    (r"\\langle(?![a-z])", "("), (r"\\rangle(?![a-z])", ")"), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
-    (r"\\leq(?:slant)?(?![a-z])|<=", r"\\le "), (r"\\geq(?:slant)?(?![a-z])|>=", r"\\ge "), (r"\\approx(?![a-z])", "="),
+    (r"\\langle(?![a-z])", "("), (r"\\rangle(?![a-z])", ")"), (r"\\approx(?![a-z])", "="),
     (r"\\(?:varnothing|emptyset)(?![a-z])", r"\\{\\}"), (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
     (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
@@ -434,9 +426,11 @@ def read(text):
     if m := re.fullmatch(r"\\begin\{([pbB]matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", text):
         rows = [row.split("&") for row in re.split(r"\\\\(?:\[[^\]]*\])?", m[2]) if row.strip()]
         return Part("matrix", tuple(Part("row", tuple(map(read, row))) for row in rows))
-    pieces = split(text, r"=|<|>|\\(?:le|ge|in)(?![a-z])|:")
-    if len(pieces) > 1:
-        return relation(pieces[::2], pieces[1::2])
+    pieces = split(text, r"=|\\in(?![a-z])")
+    if len(pieces) == 3 and NAME.fullmatch(pieces[0]):
+        return read(pieces[2])._replace(name=pieces[0].replace(" ", ""))
+    if len(pieces) == 3 and pieces[1] == "=":
+        return Part("equation", (expression(pieces[0]) - expression(pieces[2]),))
     pieces = split(text, r"\\cup(?![a-z])")[::2]
     if len(pieces) > 1:
         return Part("union", tuple(map(read, pieces)))
@@ -454,27 +448,6 @@ def read(text):
     return read_value(text)
 
 
-def relation(sides, operators):
-    """`x = 3` is 3, named x; `x > 3` and `1 < x \\le 2` are intervals; 3:4 is a tuple. Raises ValueError for chains."""
-    if operators in (["="], [r"\in"]) and NAME.fullmatch(sides[0]):
-        return read(sides[1])._replace(name=sides[0].replace(" ", ""))
-    if operators == ["="]:
-        return Part("equation", (expression(sides[0]) - expression(sides[1]),))
-    if set(operators) == {":"}:
-        return Part("tuple", tuple(map(read, sides)), ":")
-    if set(operators) <= {">", r"\ge"}:
-        sides, operators = sides[::-1], [{">": "<", r"\ge": r"\le"}[op] for op in operators[::-1]]
-    if len(sides) == 2 and NAME.fullmatch(sides[0]):
-        sides, operators = [r"-\infty", *sides], ["<", *operators]
-    elif len(sides) == 2:
-        sides, operators = [*sides, r"\infty"], [*operators, "<"]
-    low, name, high = sides
-    if not set(operators) <= {"<", r"\le"} or not NAME.fullmatch(name):
-        raise ValueError("a relation of another form")
-    brackets = ("[" if operators[0] == r"\le" else "(") + ("]" if operators[1] == r"\le" else ")")
-    return Part("tuple" if brackets == "()" else "interval", (read(low), read(high)), brackets, name.replace(" ", ""))
-
-
 def read_value(text):
     """A value with its unit in front or behind, or text."""
     m = re.fullmatch(r"(-?) ?((?:⟦(?:dollar|euro|pound)⟧)?)([^⟦⟧]*?)"
@@ -482,9 +455,7 @@ def read_value(text):
     if m and m[3].strip():  # after a number any words may stand, after x only measures
         unit, value = unit_of(m[2] + m[4]), m[1] + m[3].strip()
         if re.search(r"\d|\\pi|\\sqrt", value) or all(w.partition("^")[0] in UNITS for w in unit.split()):
-            decimal = re.fullmatch(r"-?0*(\d*)\.(\d+)", value)
-            rounded = decimal and len((decimal[1] + decimal[2]).lstrip("0")) >= 6
-            return Part("value", (expression(value), Fraction(1, 2 * 10 ** len(decimal[2])) if rounded else 0), unit)
+            return Part("value", (expression(value),), unit)
     words = re.sub(r"^(?:the|a|an) ", "", re.sub(r"[^\w+-]+", " ", text).strip().lower())
     if re.search(r"[\\^=]", text) or len(words) > 80 or words in ("", "nan", "inf", "null", "undefined"):
         raise ValueError(f"neither mathematics nor text: {text[:40]}")
@@ -503,7 +474,7 @@ def unit_of(text):
 def expression(text):
     """A sympy expression of one LaTeX value, decimals as fractions. Raises ValueError where it has none."""
     import sympy
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     for pattern, new in QUIRKS:
         text = pattern.sub(new, text)
     if re.fullmatch(r"-? ?(?:\d+\.?\d*|\.\d+)", text):
@@ -513,10 +484,8 @@ def expression(text):
     if re.search(r"\\infty|[⟦⟧&;\"?@#]|\.\.|\d\s+\.?\d|[^\x00-\x7f]", text):
         raise ValueError(f"no expression: {text[:40]}")
     try:
-        parsed = latex2sympy(text, is_real=None, conversion_config=ConversionConfig(lowercase_symbols=False),
-                             normalization_config=NormalizationConfig(
-                                 basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none",
-                                 equations=False))
+        parsed = latex2sympy(text, is_real=None, normalization_config=None,
+                             conversion_config=ConversionConfig(lowercase_symbols=False))
         if not isinstance(parsed, sympy.Expr) or parsed.has(sympy.zoo, sympy.nan):
             raise ValueError(f"no expression: {text[:40]}")
         parsed = parsed.xreplace({f: sympy.Rational(str(f)) for f in parsed.atoms(sympy.Float)})
@@ -544,19 +513,17 @@ def samples(e, f):
     return found if len(found) > bool(symbols) else []
 
 
-def agree(x, y, tolerance=0):
+def agree(x, y):
     """Whether two numbers of 50 digits are the same number."""
-    return bool(abs(x - y) <= max(tolerance, 1e-40 * max(abs(x), abs(y)), 1e-100))
+    return bool(abs(x - y) <= max(1e-40 * max(abs(x), abs(y)), 1e-100))
 
 
-def equal(e, e_half, f, f_half):
-    """Whether two expressions are equal, or one is the other, which has no end, rounded to six digits or more."""
-    ends_e, ends_f = (x.is_Rational and pow(10, 1000, x.q) == 0 for x in (e, f))
-    tolerance = max(0 if ends_f else e_half, 0 if ends_e else f_half)
-    if e.is_infinite or f.is_infinite or (e.is_Rational and f.is_Rational and not tolerance):
+def equal(e, f):
+    """Whether two expressions have one value."""
+    if e.is_infinite or f.is_infinite or (e.is_Rational and f.is_Rational):
         return e == f
     points = samples(e, f)
-    return bool(points) and all(agree(x, y, tolerance) for x, y in points)
+    return bool(points) and all(agree(x, y) for x, y in points)
 
 
 def same_value(gold, answer):
@@ -564,12 +531,12 @@ def same_value(gold, answer):
     A unit may be left out; given on both sides it must be the same one (no conversion). 50 % is 50 or 0.5; a gold without
     percent takes p % as p/100, and as p where gold is over 1.
     """
-    (e, e_half), (f, f_half) = gold.parts, answer.parts
+    (e,), (f,) = gold.parts, answer.parts
     if gold.mark == "percent" and not answer.mark:
-        return equal(e, e_half, f, f_half) or equal(e, e_half, 100 * f, 100 * f_half)
+        return equal(e, f) or equal(e, 100 * f)
     if answer.mark == "percent" and not gold.mark:
-        return equal(e, e_half, f / 100, f_half / 100) or e.is_Rational and e > 1 and equal(e, e_half, f, f_half)
-    return (not gold.mark or not answer.mark or gold.mark == answer.mark) and equal(e, e_half, f, f_half)
+        return equal(e, f / 100) or bool(e.is_Rational and e > 1 and equal(e, f))
+    return (not gold.mark or not answer.mark or gold.mark == answer.mark) and equal(e, f)
 
 
 def says_zero(part):
@@ -781,7 +748,8 @@ def run_program(shell, files, stdin=b"", seconds=5.0, memory=1.0, processes=16, 
         output, ended = in_memory(b""), None
         process = subprocess.Popen(command, stdin=in_memory(stdin), stdout=output, stderr=subprocess.DEVNULL, **how)
         try:
-            over, deadline = stack.enter_context(os.fdopen(os.pidfd_open(process.pid))), time.monotonic() + seconds
+            over, deadline = os.pidfd_open(process.pid), time.monotonic() + seconds
+            stack.callback(os.close, over)
             while not ended and not select.select([over], [], [], 0.02)[0]:
                 if time.monotonic() > deadline:
                     ended = "timeout"
@@ -859,36 +827,35 @@ def judge_program(language, source, tests, seconds, memory, sandbox):
         run = run_program(shell, files, given.encode("utf-8", "replace"), seconds, memory, language.processes, sandbox)
         if run.ended == "timeout":
             return "timeout"
-        if run.ended != "ok" or not same_output(run.output.decode("utf-8", "replace"), expected, tests["tolerance"], entry):
+        if run.ended != "ok" or not same_output(run.output.decode("utf-8", "replace"), expected, tests["tolerance"], bool(entry)):
             return "wrong"
     return "right"
 
 
-def same_output(output, expected, tolerance=None, is_json=None):
-    """
-    Whether two outputs are the same: the JSON of a function's result, or text line by line, trailing blanks ignored. With a
-    tolerance, numbers may differ by so much, absolutely or relatively; without one, 1, 1.0 and true are three things.
-    """
-    kinds = (int, float) if is_json else (str,)
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?")
 
-    def alike(a, b):
-        if isinstance(a, list) and isinstance(b, list):
-            return len(a) == len(b) and all(map(alike, a, b))
-        if isinstance(a, dict) and isinstance(b, dict):
-            return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
-        if tolerance is not None and all(type(x) in kinds and NUMBER.fullmatch(str(x)) for x in (a, b)):
-            return abs(float(a) - float(b)) <= tolerance * max(1, abs(float(b)))
-        return type(a) is type(b) and a == b
+
+def same_output(output, expected, tolerance=None, is_json=False):
+    """
+    Whether two outputs, or results of a function in JSON, are the same line by line, trailing blanks ignored. With a
+    tolerance, their numbers may differ by so much, absolutely or relatively; without one, 1, 1.0 and true are three things.
+    """
     if is_json:
-        try:
-            return alike(json.loads(output), json.loads(expected))
+        try:  # in one spelling, each value a word of its own
+            output, expected = (json.dumps(json.loads(text), sort_keys=True, indent=0, separators=(" ,", " : "))
+                                for text in (output, expected))
         except (ValueError, RecursionError):
             return False
     mine, theirs = ([line.rstrip() for line in text.rstrip().splitlines()] for text in (output, expected))
-    return mine == theirs or tolerance is not None and alike([x.split() for x in mine], [x.split() for x in theirs])
+    if mine == theirs or tolerance is None:
+        return mine == theirs
+    mine, theirs = ([line.split() for line in lines] for lines in (mine, theirs))
+    return list(map(len, mine)) == list(map(len, theirs)) and all(
+        a == b or (NUMBER.fullmatch(a) and NUMBER.fullmatch(b)
+                   and abs(float(a) - float(b)) <= tolerance * max(1, abs(float(b))))
+        for x, y in zip(mine, theirs) for a, b in zip(x, y))
 
 
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?")
 # What the rows of data sets call their tests.
 TEST_FIELDS = ("official_tests", "tests", "public_test_cases", "examples", "input_output")
 
@@ -1049,19 +1016,14 @@ class Judge:
         process.stdin = process.stdout = None
 
     def submit(self, problem, response):
-        """
-        A Future of the Verdict on a response (text). Only its last \\boxed{} counts, for code its last fenced block;
-        without one it is wrong.
-        """
+        """A Future of the Verdict on a response (text)."""
+        return self.pool.submit(self.verdict, problem, response)
+
+    def verdict(self, problem, response):
+        """The Verdict on a response: on its last \\boxed{}, for code its last fenced block; without one it is wrong."""
         answer = last_program(response) if problem.mode == "code" else last_boxed(response)
         if answer is None:
-            done = Future()
-            done.set_result(Verdict(False, "no answer"))
-            return done
-        return self.pool.submit(self.verdict, problem, answer)
-
-    def verdict(self, problem, answer):
-        """The Verdict on the inside of a \\boxed{} or on a program (Language, source)."""
+            return Verdict(False, "no answer")
         if problem.mode == "code":
             most = COMPILE_SECONDS + 10 + (ALL_TESTS + 1) * (problem.tests["seconds"] or self.limit)
             how = problem.tests, self.limit, self.program_memory, self.sandbox
@@ -1083,9 +1045,8 @@ class Judge:
         """Sets the kind of each problem's answer. For each None, or the reason why its gold answer cannot be used."""
         for problem, kind in zip(problems, self.pool.map(lambda p: self.ask("gold_kind", [p.answer], self.limit), problems)):
             problem.kind = kind
-        whys = {"bad": "gold cannot be parsed", "timeout": "gold cannot be parsed (timeout)",
-                "crash": "gold cannot be parsed (crash)"}
-        return [whys.get(problem.kind) for problem in problems]
+        return [f"gold cannot be parsed{'' if problem.kind == 'bad' else f' ({problem.kind})'}"
+                if problem.kind in ("bad", "timeout", "crash") else None for problem in problems]
 
     def close(self):
         self.pool.shutdown()

@@ -344,7 +344,7 @@ def test_start_up_of_the_pool():
 
 def test_counts_of_the_labelled_set():
     """The README names these numbers."""
-    assert len(labelled()) == 942 and Counter(r[3] for r in labelled())[True] == 463
+    assert len(labelled()) == 905 and Counter(r[3] for r in labelled())[True] == 436
 
 
 if __name__ == "__main__":
