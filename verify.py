@@ -501,17 +501,16 @@ def expression(text):
 
 def samples(e, f):
     """
-    [(value of e, value of f), ...] to 50 digits, where both are finite: at five points if there are variables (the same
-    for the same names in every call, one of them negative), else once.
+    Yields the values of two expressions to 50 digits, where both are finite: at five points if there are variables (the
+    same for the same names in every call, one of them negative), else once.
     """
     import sympy
-    found, symbols = [], e.free_symbols | f.free_symbols
+    symbols = e.free_symbols | f.free_symbols
     for scale in (71, 7, -71, 500, 700) if symbols else (1,):  # large for floors, small for x^{200}+1
         at = {s: sympy.Rational(random.Random(f"{s} {scale}").randint(100, 999), scale) for s in symbols}
         x, y = e.subs(at).evalf(50), f.subs(at).evalf(50)
         if all(value.is_number and value.is_finite for value in (x, y)):
-            found.append((x, y))
-    return found if len(found) > bool(symbols) else []
+            yield x, y
 
 
 def agree(x, y):
@@ -521,10 +520,13 @@ def agree(x, y):
 
 def equal(e, f):
     """Whether two expressions have one value."""
-    if e.is_infinite or f.is_infinite or (e.is_Rational and f.is_Rational):
+    if e == f or e.is_infinite or f.is_infinite or (e.is_Rational and f.is_Rational):
         return e == f
-    points = samples(e, f)
-    return bool(points) and all(agree(x, y) for x, y in points)
+    points = 0
+    for points, (x, y) in enumerate(samples(e, f), 1):
+        if not agree(x, y):
+            return False
+    return points > bool(e.free_symbols or f.free_symbols)
 
 
 def same_value(gold, answer):
@@ -797,14 +799,12 @@ def check_sandbox():
         fail(f"--mode code needs bubblewrap, prlimit and python3: apt-get install bubblewrap util-linux python3{refuse}")
     if platform.machine() not in FORBIDDEN:
         fail(f"--mode code: the sandbox knows {' and '.join(FORBIDDEN)}, this machine is {platform.machine()}{refuse}")
-    try:
-        works = run_program("cat", {}, b"ok", seconds=10).output == b"ok"
-    except RuntimeError:
-        works = False
-    if not works:
-        fail("--mode code: bubblewrap is installed but makes no sandbox here; it must be 0.8 or newer and may need user "
-             "namespaces allowed (sysctl kernel.apparmor_restrict_unprivileged_userns=0; for a container docker run "
-             f"--security-opt seccomp=unconfined --security-opt systempaths=unconfined){refuse}")
+    with contextlib.suppress(RuntimeError):
+        if run_program("cat", {}, b"ok", seconds=10).output == b"ok":
+            return
+    fail("--mode code: bubblewrap is installed but makes no sandbox here; it must be 0.8 or newer and may need user "
+         "namespaces allowed (sysctl kernel.apparmor_restrict_unprivileged_userns=0; for a container docker run "
+         f"--security-opt seccomp=unconfined --security-opt systempaths=unconfined){refuse}")
 
 
 def judge_program(language, source, tests, seconds, memory, sandbox):
@@ -924,7 +924,6 @@ def literal(text):
 
 
 # ------------------------------------------------------------------------------------------------------- verdicts
-
 
 UNSAFE = "MODEL-WRITTEN PROGRAMS RUN WITH ALL YOUR RIGHTS: THEY CAN READ, CHANGE AND DELETE YOUR FILES AND USE YOUR NETWORK"
 

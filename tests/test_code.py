@@ -109,6 +109,10 @@ def test_pairs_are_decoded(field, value):
     assert tests["cases"] == CASES and why is None and tests["entry_point"] is None
 
 
+def test_two_columns_of_one_test_are_not_read_letter_by_letter():
+    assert verify.code_tests({"tests": {"input": "1 2\n", "output": "abc\n"}})[0]["cases"] == [["1 2\n", "abc\n"]]
+
+
 def test_all_fields_count_and_none_twice():
     tests, _ = verify.code_tests({"examples": PAIRS[:1], "official_tests": PAIRS})
     assert sorted(tests["cases"]) == sorted(CASES)
