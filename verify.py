@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import select
 import shlex
@@ -30,12 +31,10 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import NamedTuple
 
 # ---------------------------------------------------------------------------------------------------------- ranks
@@ -247,36 +246,30 @@ def load_rows(data):
     """Yields (where, row) of a .jsonl, .json or .parquet file, or of a hub name `name[:config][@split]`."""
     if data.endswith(".jsonl"):
         yield from ((f"{data}:{line}", row) for line, row in read_jsonl(data))
-    elif data.endswith((".json", ".parquet")) or os.path.exists(data):
-        if not os.path.isfile(data) or not data.endswith((".json", ".parquet")):
-            fail(f"--data {data} is not a .jsonl, .json or .parquet file")
-        if data.endswith(".parquet"):
+        return
+    kind = {".json": "JSON file", ".parquet": "parquet file"}.get(os.path.splitext(data)[1], "data set that the hub gives")
+    if os.path.exists(data) and "file" not in kind:
+        fail(f"--data {data} is not a .jsonl, .json or .parquet file")
+    try:
+        if kind == "JSON file":
+            with open(data, encoding="utf-8") as f:
+                rows = json.load(f)
+        elif kind == "parquet file":
             import pyarrow.parquet
-            try:
-                rows = pyarrow.parquet.read_table(data).to_pylist()
-            except (pyarrow.ArrowException, OSError) as e:
-                fail(f"{data}: not a parquet file ({str(e).splitlines()[0]})")
+            rows = pyarrow.parquet.read_table(data).to_pylist()
         else:
-            try:
-                with open(data, encoding="utf-8") as f:
-                    rows = json.load(f)
-            except ValueError as e:  # JSONDecodeError and UnicodeDecodeError
-                fail(f"{data}: not a JSON file in UTF-8 ({e})")
-        if not isinstance(rows, list):
-            fail(f"{data}: a list of rows is wanted, found {type(rows).__name__}")
-        for i, row in enumerate(rows):
-            if not isinstance(row, dict):
-                fail(f"{data}: row {i}: an object is wanted, found {type(row).__name__}")
-            yield f"{data}: row {i}", row
-    else:
-        import datasets
-        name, _, split = data.partition("@")
-        name, _, config = name.partition(":")
-        try:
-            rows = datasets.load_dataset(name, config or None, split=split or "train")
-        except (OSError, ValueError) as e:
-            fail(f"--data {data} is neither a file here nor a data set that the hub gives: {str(e).splitlines()[0]}")
-        yield from ((f"{data}: row {i}", row) for i, row in enumerate(rows))
+            import datasets
+            name, _, split_ = data.partition("@")
+            name, _, config = name.partition(":")
+            rows = list(datasets.load_dataset(name, config or None, split=split_ or "train"))
+    except (OSError, ValueError) as e:
+        fail(f"--data {data}: not a {kind}: {str(e).splitlines()[0]}")
+    if not isinstance(rows, list):
+        fail(f"{data}: a list of rows is wanted, found {type(rows).__name__}")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            fail(f"{data}: row {i}: an object is wanted, found {type(row).__name__}")
+        yield f"{data}: row {i}", row
 
 
 def load_problems(data, judge, mode="math", range_=None, max_problems=None):
@@ -404,376 +397,245 @@ def revision_ids(tokenizer, x_ids, y_ids, correct, family):
 
 
 # -------------------------------------------------------------------------------------------------- math answers
-# An answer is tidied, read as a tree of small parts (lists, tuples, intervals, sets, matrices, relations, text, values),
-# and compared part by part. Plain numbers are exact fractions. Only what is left, one expression against another, goes
-# through math-verify's LaTeX parser; two expressions are equal if they agree to 40 digits, at several points where
-# there are variables. math-verify's own comparison is not used: it rounds to six decimals (1e-9 = 2e-9), takes any
-# equation for any value, and reads unknown words as products of letters, so that anagrams are equal.
+# An answer is tidied, read as a tree of Parts (a tuple of values, a set of tuples, text, ...), and compared part by part.
+# Values are read by latex2sympy, the parser of math-verify; two are equal if they agree to 40 digits, at several points
+# where there are variables. math-verify's own comparison is not used: it rounds to six decimals (1e-9 = 2e-9), takes any
+# equation for any value, and reads words as products of letters, so that anagrams are equal.
 
 
 class Part(NamedTuple):
-    kind: str  # choice, text, value, list, tuple, set, union, matrix, relation
-    parts: tuple  # of Part; for choice and text (str,); for value (LaTeX without unit,)
-    mark: str = ""  # the unit of a value, the brackets of a tuple, the operators of a relation
-
-    def __str__(self):
-        if self.kind == "value":
-            return "number" if number(self.parts[0]) else "expression"
-        return "interval" if self.kind == "union" or "[" in self.mark or "]" in self.mark else self.kind
+    kind: str  # value, text, choice, equation; list, set, union (in any order); tuple, interval, matrix, row (in this one)
+    parts: tuple  # of Part; for the first four kinds (expression,), (words,), (letter,), (expression that is zero,)
+    mark: str = ""  # the unit of a value, the brackets of a tuple or interval
+    name: str = ""  # x of `x = 3` and `x \in [3, 4]`
 
 
-UNICODE = str.maketrans(dict(zip("−–×·÷π∞≤≥≠∪∩∈±°²³½¼¾，（）：θ√≈∅", (
+UNICODE = str.maketrans(dict(zip("−–×·÷π∞≤≥≠∪∩∈±°²³½¼¾，（）：θ√≈∅€£", (
     r"-|-|\times |\cdot |/|\pi |\infty |\le |\ge |\ne |\cup |\cap |\in |\pm |^\circ |^2|^3|\frac{1}{2}|\frac{1}{4}|"
-    r"\frac{3}{4}|,|(|)|:|\theta |\sqrt |\approx |\{\}").split("|"))))
+    r"\frac{3}{4}|,|(|)|:|\theta |\sqrt |\approx |\{\}|⟦euro⟧|⟦pound⟧").split("|"))))
+# Words, units, currency and percent stand in ⟦⟧ after this.
 SPELLINGS = [(re.compile(a), b) for a, b in (
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|boldsymbol|bm)(?![A-Za-z])", ""),
-    (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!|\\ |~)(?=\d{3}(?!\d))", ""),  # 10{,}000
-    (r"(?<!\\)\\(?:[,;:! ]|quad(?![a-z])|qquad(?![a-z]))|[~\s]+|\\\\(?=\s*$)", " "),
-    (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\\(?:lbrace|rbrace)(?![a-z])", lambda m: r"\{" if m[0][1] == "l" else r"\}"),
-    (r"\\(?:leq|leqslant)(?![a-z])", r"\\le"), (r"\\(?:geq|geqslant)(?![a-z])", r"\\ge"), (r"\\neq(?![a-z])", r"\\ne"),
-    (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
-    (r"\\(?:approx|simeq)(?![a-z])", r"="), (r"\\(?:varnothing|emptyset)(?![a-z])", r"\\{\\}"),
-    (r"\\(?:lor|vee)(?![a-z])", "⟦or⟧"), (r"\\(?:land|wedge)(?![a-z])", "⟦and⟧"), (r"\\underline(?![a-z])", ""),
-    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"\\[()\[\]]|\\(?:left|right|[bB]igg?[lr]?|displaystyle|boldsymbol|underline)(?![A-Za-z])", ""),
+    (r"\\\$|(?<!\\)\$(?=\s*\d[^$]*$)", "⟦dollar⟧"), (r"\$", ""),
+    (r"(?<=\d)(?:\{,\}|,\\!|\\[,! ]|~)(?=\d{3}(?!\d))", ""),  # 10{,}000
+    (r"(?<!\\)\\(?:[,;:! ]|q?quad(?![a-z]))|[~\s]+|\\\\(?=\s*$)", " "),
+    (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\\lbrace(?![a-z])", r"\\{"), (r"\\rbrace(?![a-z])", r"\\}"),
+    (r"\\langle(?![a-z])", "("), (r"\\rangle(?![a-z])", ")"), (r"\\approx(?![a-z])", "="),
+    (r"\\(?:varnothing|emptyset)(?![a-z])", r"\\{\\}"), (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
     (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
-    (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"(?<![\\A-Za-z])(?:infinity|infty|oo)(?![A-Za-z])", r"\\infty "), (r"\+\s*\\infty", r"\\infty "),
-    (r"\*\*", "^"), (r"\*", r"\\cdot "),
-    (r"\\\$|(?<!\\)\$(?=\s*[-\d.])|US\$", "⟦dollar⟧"),
-    (r"€|\\euro(?![a-z])", "⟦euro⟧"), (r"£|\\pounds(?![a-z])", "⟦pound⟧"),
-    (r"\\?%|\\percent(?![a-z])", "⟦percent⟧"), (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![a-z])", "⟦degree⟧"),
-    (r"(?<=\d)_\s*\{?\s*(\d+)\s*\}?", r"⟦base \1⟧"),
+    (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"), (r"\+\s*\\infty", r"\\infty "),
+    (r"\*\*", "^"), (r"\*", r"\\cdot "), (r"\\?%", "⟦percent⟧"),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-z])", "⟦degree⟧"),
+    (r"(\\(?:sin|cos|tan)\W*)(\d+)\s*⟦degree⟧", r"\1(\2\\pi/180)"), (r"(?<=\d)_\s*\{?\s*(\d+)\s*\}?", r"⟦base \1⟧"),
+    (r"\\operatorname\*?\s*\{(\w+)\}", r"\1"),
 )]
-TEXT = re.compile(r"\\(text\w*|math\w+|mbox|hbox|operatorname)\*?\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-WORD = re.compile(r"(?<![\\A-Za-z⟦])(?<!\\begin\{)(?<!\\end\{)[A-Za-z]{2,}(?![^⟦]*⟧)")  # two letters or more, not marked yet
-FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp max min gcd lcm det".split())
-LETTER_PRODUCT = re.compile(r"(?=..)(?:a?b?c?d?|k?l?m?n?|p?q?r?s?t?|u?v?w?x?y?z?|[ab]i|d[xy]|[abc][xyz])")
+TEXT = re.compile(r"\\(text\w*|math\w+|mbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+WORD = re.compile(r"(?<![\\A-Za-z⟦])(?<!\\begin\{)(?<!\\end\{)[A-Za-z]{2,}(?![^⟦]*⟧)")
+FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp max min gcd pi theta infty".split())
 UNITS = {name: names.split()[0] for names in (
     "cm centimeter centimetre|mm millimeter millimetre|m meter metre|km kilometer kilometre|g gram|kg kilogram|mg milligram|"
-    "s sec second|min minute|h hr hour|day|ft foot feet|in inch inches|mi mile|yd yard|l liter litre|"
-    "ml milliliter millilitre|dollar usd buck|euro eur|pound gbp lb|cent|degree deg|percent pct percentage|rad radian|unit|mph"
-    ).split("|") for name in names.split()}
-RELATION = r"=|<|>|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|\\in(?![a-z])|:"
-# what may stand on the left of `x = 3`: a letter, f(x), x_1, |AB|, \angle ABC, words, a tuple of letters
-NAME = re.compile(
-    r"\|?(?:\\(?:angle|overline|vec|triangle|measuredangle)\s*)*\{?\s*(?:[A-Za-z]|⟦[^⟧]*⟧(?:\s*⟦[^⟧]*⟧)*|\\(?:alpha|beta|gamma|"
-    r"delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|varphi|omega|Delta|Omega))\s*\}?(?:_\{?\\?\w+\s*\}?|')*(?:\^\{-1\})?"
-    r"(?:\([^()]{1,12}\))?\|?"
-    r"|\(\s*[A-Za-z](?:_\{?\w\}?)?(?:\s*,\s*[A-Za-z](?:_\{?\w\}?)?)+\s*\)")
+    "s sec second|min minute|h hr hour|day|ft foot feet|in inch inches|mi mile|yd yard|l liter litre|ml milliliter|"
+    "dollar usd|euro eur|pound gbp lb|cent|degree deg|percent pct|rad radian|unit|mph").split("|") for name in names.split()}
+# What may stand on the left of `x = 3`: x, AB, f(x), x_1, |AB|, \angle ABC, words, (x, y).
+NAME = re.compile(r"\|?(?:\\(?:angle|overline|vec|triangle) *)*\{?"
+                  r"(?:[A-Za-z]|[A-Z]{2,3}|⟦[^⟧]*⟧( ?⟦[^⟧]*⟧)*|\\(?!pi)[A-Za-z]{2,7}) *\}?"
+                  r"(?:_\{?\\?\w+ *\}?|')*(?:\^\{-1\})?(?:\([^()]{1,12}\))?\|?|\([A-Za-z](?:_\w)?(?:, ?[A-Za-z](?:_\w)?)+\)")
+# What latex2sympy reads otherwise: mixed numbers, powers of ten, endless decimals; and x_{\max}, E_1, \gamma, x'.
+QUIRKS = [(re.compile(a), b) for a, b in (
+    (r"(?<=\d),(?=\d{3}(?!\d))", ""),  # (1,000)
+    (r"^(-?)(\d+) ?(?:\\frac\{(\d+)\}\{(\d+)\}|(?<= )(\d+)/(\d+))$",
+     lambda m: rf"{m[1]}\frac{{{int(m[2]) * int(m[4] or m[6]) + int(m[3] or m[5])}}}{{{m[4] or m[6]}}}"),
+    (r"(?<![\w\\.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)", r"\1 \\cdot 10^{\2}"),
+    (r"(\d*\.(\d*))\\overline ?\{?(\d+)\}?",
+     lambda m: rf"({m[1]}0+\frac{{{m[3]}}}{{{10 ** len(m[3]) - 1}\cdot 10^{{{len(m[2])}}}}})"),
+    (r"_\{ ?\\(\w+) ?\}", r"_{\1}"), (r"(?<![\\A-Za-z])([eE])_\{?(\w+)\}?", r"X_{\1\2}"),
+    (r"\\gamma(?![a-z])", r" X_{gamma} "), (r"([A-Za-z])(?:\^ ?\{?\\prime ?\}?|')", r"\1_{prime}"),
+)]
 
 
 def tidy(answer):
-    """One spelling of an answer's LaTeX; words, units, currency and percent stand in ⟦⟧."""
+    """One spelling of an answer's LaTeX."""
     answer = answer.translate(UNICODE)
-    answer = re.sub(r"\\[\(\)\[\]]", "", answer)  # \( \) \[ \]
-    if answer.replace(r"\$", "").count("$") >= 2:
-        answer = re.sub(r"(?<!\\)\$", "", answer)
     for pattern, new in SPELLINGS:
         answer = pattern.sub(new, answer)
     while TEXT.search(answer):
-        answer = TEXT.sub(lambda m: words(m[2], m[1]), answer)
+        answer = TEXT.sub(marked_words, answer)
     answer = re.sub(r"_\s*\{?\s*⟦(\w+)⟧\s*\}?", r"_{\1}", answer)  # x_{\text{max}}
-    answer = WORD.sub(bare_word, answer)
-    return re.sub(r"\s+", " ", answer).strip().rstrip(".").strip()
+    return re.sub(r"\s+", " ", WORD.sub(bare_word, answer))
 
 
-def words(text, command):
-    """What stands in \\text{} and the like, each word in it marked."""
-    if re.fullmatch(r"\s*[A-Za-z]\s*" if command not in ("mathrm", "text") else "[dei]", text):
-        return text  # \mathbf{v}, \mathrm{d}x
-    return re.sub(r"(?<!⟦)\b[A-Za-z][A-Za-z']*(?![^⟦]*⟧)", r"⟦\g<0>⟧", text)
+def marked_words(match):
+    """The inside of \\text{} and the like, its words in ⟦⟧; a letter in bold or in italics is a variable."""
+    if re.fullmatch(r"[A-Za-z]" if match[1] not in ("text", "mathrm") else "[dei]", match[2].strip()):
+        return match[2]
+    return re.sub(r"(?<!⟦)\b[A-Za-z][A-Za-z']*(?![^⟦]*⟧)", r"⟦\g<0>⟧", match[2])
 
 
 def bare_word(match):
-    """A run of letters outside \\text{}: a function, a product of variables (xy, mgh in a formula), or a word."""
-    word, before, after = match[0], match.string[:match.start()][-1:], match.string[match.end():][:1]
-    if word in FUNCTIONS and before in tuple("_{"):
-        return word  # x_{max}
-    if word in FUNCTIONS or word in ("pi", "theta"):
-        return f"\\{word} "
-    in_formula = len(word) < 5 and word not in UNITS and (before in tuple("^_{}/+") or after in tuple("^_}/+("))
-    return word if in_formula or LETTER_PRODUCT.fullmatch("".join(sorted(word))) else f"⟦{word}⟧"
+    """A run of letters outside \\text{}: a function, a product of two or three variables in a formula, or a word."""
+    word, before, after = match[0], match.string[:match.start()].rstrip()[-1:], match.string[match.end():].lstrip()[:1]
+    if word in FUNCTIONS:
+        return word if before in tuple("_{") else f"\\{word} "  # x_{max}
+    in_formula = re.fullmatch(r"[\d^_{}/+=|-]", before) or re.fullmatch(r"[\d^_}/+=|(\\-]", after)
+    return word if in_formula and len(word) < 4 and word not in UNITS else f"⟦{word}⟧"
 
 
-def split(text, pattern):
-    """(pieces, separators) of text at the matches of pattern that stand outside all brackets."""
-    pieces, found, depth, at = [], [], 0, 0
-    for m in re.finditer(r"\\begin(?=\{)|\\end(?=\{)|\\[{}]|\\langle|\\rangle|[()\[\]{}]|" + pattern, text):
-        token = m[0]
-        if token in (r"\begin", r"\{", r"\langle", "(", "[", "{"):
-            depth += 1
-        elif token in (r"\end", r"\}", r"\rangle", ")", "]", "}"):
-            depth -= 1
-        elif depth == 0:
-            pieces.append(text[at: m.start()].strip())
-            found.append(token)
+def split(text, separator):
+    """[piece, separator, piece, ...] of text at the separators outside all brackets; [] if its brackets do not match."""
+    pieces, depth, at = [], 0, 0
+    for m in re.finditer(rf"(\\begin|\\\{{|[(\[{{])|(\\end|\\\}}|[)\]}}])|{separator}", text):
+        depth += bool(m[1]) - bool(m[2])
+        if depth < 0:
+            return []
+        if depth == 0 and not m[2]:
+            pieces += [text[at: m.start()].strip(), m[0]]
             at = m.end()
-    return [*pieces, text[at:].strip()], found
+    return [] if depth else [*pieces, text[at:].strip()]
 
 
 def read(text):
-    """The Part tree of a tidied answer. Raises ValueError where there is none."""
-    text = text.strip().rstrip(".;,").strip()
-    while text.startswith("{") and text.endswith("}") and balanced(text[1:-1]):
-        text = text[1:-1].strip()
-    plain = text.replace("⟦", "").replace("⟧", "").strip()
-    if not plain:
-        raise ValueError("empty")
-    if m := re.fullmatch(r"\(?\s*([A-J])\s*[).:]?", plain):
+    """The Part of a tidied answer. Raises ValueError where there is none."""
+    text = text.strip().rstrip(".;, ")
+    if m := re.fullmatch(r"\(? ?([A-J]) ?[).:]?", text.replace("⟦", "").replace("⟧", "").strip()):
         return Part("choice", (m[1],))
-    text = re.sub(r"\](.+,.+)\[", r"(\1)", text) if re.fullmatch(r"\][^\[\]]+\[", text) else text
-    text = re.sub(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?!\d|,\d)", lambda m: m[0].replace(",", ""), text) \
-        if text[0] not in "([" and not text.startswith((r"\{", r"\langle")) else text
-    pieces = [p for p in split(text, r"[,;]|⟦and⟧|⟦or⟧")[0] if p]
+    if text[:1] not in ("(", "[") and text[:2] != r"\{":  # 10,000 and 1, 10,000 but not (10,000)
+        text = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)", lambda m: m[0].replace(",", ""), text)
+    pieces = split(text, r"[,;]|⟦and⟧|⟦or⟧")[::2]
     if len(pieces) > 1:
-        return Part("list", tuple(map(read, pieces)))
-    if m := re.fullmatch(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", text, re.DOTALL):
-        rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", m[2]) if row.strip()]
-        cells = [Part("list", tuple(map(read, row.split("&")))) for row in rows]
-        return Part("matrix", tuple(cells), m[1] if m[1] in ("vmatrix", "Vmatrix") else "")
-    sides, operators = split(text, RELATION)
-    if len(sides) > 1:
-        if operators == [r"\in"] and NAME.fullmatch(sides[0]):
-            return read(sides[1])
-        return Part("relation", tuple(sides), " ".join(operators))
-    members = split(text, r"\\cup(?![a-z])")[0]
-    if len(members) > 1:
-        return Part("union", tuple(map(read, members)))
-    m = re.fullmatch(r"(\(|\[|\\langle|\\\{)(.*)(\)|\]|\\rangle|\\\})", text, re.DOTALL)
-    if m and balanced(m[2]):
-        if m[1] == r"\{":
-            return Part("set", tuple(read(p) for p in split(m[2], r"[,;]")[0] if p))
-        inside = [p for p in split(m[2], r"[,;]")[0] if p]
-        if len(inside) > 1:
-            return Part("tuple", tuple(map(read, inside)), (m[1] + m[3]).replace(r"\langle", "(").replace(r"\rangle", ")"))
-        if m[1] + m[3] in ("()", "[]"):
-            return read(m[2])
+        return Part("list", tuple(map(read, filter(None, pieces))))
+    if m := re.fullmatch(r"\\begin\{([pbB]matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", text):
+        rows = [row.split("&") for row in re.split(r"\\\\(?:\[[^\]]*\])?", m[2]) if row.strip()]
+        return Part("matrix", tuple(Part("row", tuple(map(read, row))) for row in rows))
+    pieces = split(text, r"=|\\in(?![a-z])")
+    if len(pieces) == 3 and NAME.fullmatch(pieces[0]):
+        return read(pieces[2])._replace(name=pieces[0].replace(" ", ""))
+    if len(pieces) == 3 and pieces[1] == "=":
+        return Part("equation", (expression(pieces[0]) - expression(pieces[2]),))
+    pieces = split(text, r"\\cup(?![a-z])")[::2]
+    if len(pieces) > 1:
+        return Part("union", tuple(map(read, pieces)))
+    m = re.fullmatch(r"(\\\{|[(\[{])(.*?)(\\\}|[)\]}])", text)
+    if pieces := split(m[2], "[,;]")[::2] if m else []:
+        parts, brackets = tuple(map(read, filter(None, pieces))), m[1] + m[3]
+        if brackets == r"\{\}":
+            return Part("set", parts)
+        if len(parts) == 1 and brackets in ("{}", "()", "[]"):
+            return parts[0]
+        if len(parts) > 1:
+            return Part("tuple" if brackets == "()" else "interval", parts, brackets)
     if r"\pm" in text:
         return Part("list", (read(text.replace(r"\pm", "+")), read(text.replace(r"\pm", "-"))))
     return read_value(text)
 
 
-def balanced(text):
-    depth = 0
-    for token in re.finditer(r"\\[{}]|[()\[\]{}]", text):
-        depth += 1 if token[0][-1] in "([{" else -1
-        if depth < 0:
-            return False
-    return depth == 0
-
-
 def read_value(text):
     """A value with its unit in front or behind, or text."""
-    if "⟦" not in text:
-        return Part("value", (text,))
-    if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
-        text = re.sub(r"(\d+(?:\.\d+)?)\s*⟦degree⟧", r"(\1\\pi/180)", text)
-    m = re.fullmatch(r"(-?)\s*((?:⟦(?:dollar|euro|pound)⟧)?)([^⟦⟧]*?)"
-                     r"((?:[\s/]*\{?⟦[^⟧]*⟧\}?(?:\s*\^\s*\{?-?\d\}?)?|\s*\\cdot)*)", text)
+    m = re.fullmatch(r"(-?) ?((?:⟦(?:dollar|euro|pound)⟧)?)([^⟦⟧]*?)"
+                     r"((?:[ /]*\{?⟦[^⟧]*⟧\}?(?: ?\^ ?\{?-?\d\}?)?|\s*\\cdot)*)", text)
     if m and m[3].strip():  # after a number any words may stand, after x only measures
-        words_after = unit(m[2] + m[4])
-        if re.search(r"\d|\\pi|\\sqrt", m[3]) or all(w.partition("^")[0] in UNITS for w in words_after.split()):
-            return Part("value", ((m[1] + m[3]).strip(),), words_after)
-    if re.search(r"[\\^=]", text):
+        unit, value = unit_of(m[2] + m[4]), m[1] + m[3].strip()
+        if re.search(r"\d|\\pi|\\sqrt", value) or all(w.partition("^")[0] in UNITS for w in unit.split()):
+            return Part("value", (expression(value),), unit)
+    words = re.sub(r"^(?:the|a|an) ", "", re.sub(r"[^\w+-]+", " ", text).strip().lower())
+    if re.search(r"[\\^=]", text) or len(words) > 80 or words in ("", "nan", "inf", "null", "undefined"):
         raise ValueError(f"neither mathematics nor text: {text[:40]}")
-    plain = re.sub(r"[^\w+-]+", " ", text).strip().lower()
-    return Part("text", (re.sub(r"^(?:the|a|an) ", "", plain),))
+    return Part("text", (words,))
 
 
-def unit(text):
+def unit_of(text):
     """Words of a unit in one spelling: 'square centimeters' -> 'cm^2'."""
-    text = re.sub(r"[⟦⟧{}]|\\cdot|\bof\b|\bthe\b|\bper\b", " ", text).lower().replace("/", " ")
-    text = re.sub(r"\b(?:square|sq)\s+(\w+)", r"\1^2", re.sub(r"\bcubic\s+(\w+)", r"\1^3", text))
-    text = re.sub(r"\s*\^\s*", "^", text)
-    found = []
-    for word, power in (re.match(r"(\w*)(.*)", w).groups() for w in text.split()):
-        single = word[:-1] if word.endswith("s") and len(word) > 1 else word
-        found.append(UNITS.get(word, UNITS.get(single, single)) + power)
-    return " ".join(sorted(found))
-
-
-def number(text):
-    """
-    (value, unit) of a plain number: integer, decimal (also repeating), fraction, mixed number, or power of ten; None for
-    anything else. value is an exact Fraction; unit is that of the last place of a decimal of six digits or more, else 0.
-    """
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip())
-    text = re.sub(r"[{]([-+]?[\d.]+)[}]", r"{\1}", text)
-    sign, text = re.fullmatch(r"([-+]?)\s*(.*)", text, re.DOTALL).groups()
-    sign = -1 if sign == "-" else 1
-    decimal = r"\d+(?:\.\d*)?|\.\d+"
-    if re.fullmatch(decimal, text):
-        return sign * Fraction(text.rstrip(".")), last_place(text)
-    if m := re.fullmatch(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", text):
-        whole, head, tail = m.groups()
-        return sign * (Fraction(int((whole + head + tail) or 0) - int((whole + head) or 0),
-                                (10 ** len(tail) - 1) * 10 ** len(head))), 0
-    if m := (re.fullmatch(rf"(\d*)\s*\\frac\s*\{{\s*([-+]?)\s*({decimal})\s*\}}\s*\{{\s*([-+]?)\s*({decimal})\s*\}}", text)
-             or re.fullmatch(rf"(?:(\d+)\s+)?([-+]?)({decimal})\s*/\s*([-+]?)({decimal})", text)):
-        if not Fraction(m[5]) or (m[1] and (m[2] or m[4])):
-            return None
-        minus = -1 if (m[2] == "-") != (m[4] == "-") else 1
-        return sign * (int(m[1] or 0) + minus * Fraction(m[3]) / Fraction(m[5])), 0
-    m = re.fullmatch(rf"(?:({decimal})\s*(?:\\times|\\cdot|x)\s*)?10\s*\^\s*(?:\{{\s*([-+]?\s*\d+)\s*\}}|([-+]?\d))", text) \
-        or re.fullmatch(rf"({decimal})\s*[eE]\s*([-+]?\d+)()", text)
-    if m and len(m[2] or "") < 5:
-        power = Fraction(10) ** int((m[2] or m[3]).replace(" ", ""))
-        return sign * Fraction(m[1] or 1) * power, last_place(m[1] or "") * power
-    return None
-
-
-def last_place(text):
-    """0.01 for 1234.56; 0 for a number without a decimal point or with fewer than six digits."""
-    digits = text.replace(".", "").lstrip("0")
-    return Fraction(1, 10 ** len(text.partition(".")[2])) if "." in text and len(digits) >= 6 else Fraction(0)
-
-
-def terminates(value):
-    """Whether a fraction has finitely many decimals."""
-    rest = value.denominator
-    for p in (2, 5):
-        while rest % p == 0:
-            rest //= p
-    return rest == 1
+    text = re.sub(r"[⟦⟧{}/]|\\cdot|\b(?:of|the|per)\b", " ", text).lower()
+    text = re.sub(r"\bcubic\s+(\w+)", r"\1^3", re.sub(r"\b(?:square|sq)\s+(\w+)", r"\1^2", re.sub(r"\s*\^\s*", "^", text)))
+    return " ".join(sorted(UNITS.get(word, UNITS.get(word.rstrip("s"), word.rstrip("s"))) + power
+                           for word, power in re.findall(r"(\w+)(\S*)", text)))
 
 
 @functools.lru_cache(4096)
 def expression(text):
     """A sympy expression of one LaTeX value, decimals as fractions. Raises ValueError where it has none."""
     import sympy
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
-    value = number(text)
-    if value:
-        return sympy.Rational(value[0].numerator, value[0].denominator)
-    if re.search(r"[⟦⟧&;\"?@#]|\.\.|[^\x00-\x7f]", text):
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+    for pattern, new in QUIRKS:
+        text = pattern.sub(new, text)
+    if re.fullmatch(r"-? ?(?:\d+\.?\d*|\.\d+)", text):
+        return sympy.Rational(text.replace(" ", "").rstrip("."))
+    if re.fullmatch(r"-? ?\\infty ?", text):
+        return -sympy.oo if text[0] == "-" else sympy.oo
+    if re.search(r"\\infty|[⟦⟧&;\"?@#]|\.\.|\d\s+\.?\d|[^\x00-\x7f]", text):
         raise ValueError(f"no expression: {text[:40]}")
-    text = re.sub(r"_\{\s*\\(\w+)\s*\}", r"_{\1}", text)  # three that the parser cannot take: x_{\max}, E_1, \gamma
-    text = re.sub(r"(?<![\\A-Za-z])([eE])_\{?(\w+)\}?", r"X_{\1\2}", text)
-    text = re.sub(r"\\gamma(?![a-z])", r" X_{gamma} ", text)
-    text = re.sub(r"([A-Za-z])(?:\^\s*\{?\\prime\}?|')", r"\1_{prime}", text)
-    text = re.sub(r"(?<![\w\\.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)", r"\1 \\times 10^{\2}", text)
     try:
-        parsed = latex2sympy(text, is_real=None, conversion_config=ConversionConfig(lowercase_symbols=False),
-                             normalization_config=NormalizationConfig(
-                                 basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none",
-                                 equations=False))
+        parsed = latex2sympy(text, is_real=None, normalization_config=None,
+                             conversion_config=ConversionConfig(lowercase_symbols=False))
         if not isinstance(parsed, sympy.Expr) or parsed.has(sympy.zoo, sympy.nan):
             raise ValueError(f"no expression: {text[:40]}")
         parsed = parsed.xreplace({f: sympy.Rational(str(f)) for f in parsed.atoms(sympy.Float)})
         applied = parsed.atoms(sympy.core.function.AppliedUndef)  # f(x) of an unknown f is a variable as any other
         parsed = parsed.xreplace({f: sympy.Symbol(str(f).replace(" ", "")) for f in applied})
-        return parsed.xreplace({s: sympy.I for s in parsed.free_symbols if str(s) == "i"})
-    except (MemoryError, KeyboardInterrupt):
+        parsed = parsed.xreplace({s: sympy.I for s in parsed.free_symbols if str(s) == "i"})
+        return parsed if parsed.free_symbols else parsed.doit()  # 2^{200}+1 is an integer, to the last digit
+    except MemoryError:
         raise
     except Exception as e:  # its grammar raises bare Exceptions
         raise ValueError(f"no expression: {text[:40]}") from e
 
 
-def samples(*expressions):
+def samples(e, f):
     """
-    Yields the complex values of expressions, to 50 digits, where all have one: at five points if there are variables (the
-    same point for the same names in every call, one of them negative), else once.
+    Yields the values of two expressions to 50 digits, where both are finite: at three points if there are variables (the
+    same for the same names in every call, one of them negative), else once.
     """
-    import random
     import sympy
-    names = {str(symbol) for expr in expressions for symbol in expr.free_symbols}
-    for trial in range(5 if names else 1):
-        at = {}
-        for name in names:
-            rng = random.Random(f"{name} {trial}")
-            at[name] = sympy.Rational(rng.randint(11, 97), rng.choice((7, 13, 19, 23))) * (-1 if trial == 2 else 1)
-        found = [expr.subs({s: at[str(s)] for s in expr.free_symbols}).evalf(50) for expr in expressions]
-        if all(value.is_number and value.is_finite for value in found):
-            yield found
+    symbols = e.free_symbols | f.free_symbols
+    for scale in (7, -71, 500) if symbols else (1,):  # large for floors, small for x^{200}+1
+        at = {s: sympy.Rational(random.Random(f"{s} {scale}").randint(100, 999), scale) for s in symbols}
+        x, y = e.subs(at).evalf(50), f.subs(at).evalf(50)
+        if all(value.is_number and value.is_finite for value in (x, y)):
+            yield x, y
 
 
-def agree(a, b):
+def agree(x, y):
     """Whether two numbers of 50 digits are the same number."""
-    size = max(abs(a), abs(b))
-    return bool(size < 1e-100 or abs(a - b) <= 1e-40 * size)
+    return bool(abs(x - y) <= max(1e-40 * max(abs(x), abs(y)), 1e-100))
+
+
+def equal(e, f):
+    """Whether two expressions have one value."""
+    if e == f or e.is_infinite or f.is_infinite or (e.is_Rational and f.is_Rational):
+        return e == f
+    points = 0
+    for points, (x, y) in enumerate(samples(e, f), 1):
+        if not agree(x, y):
+            return False
+    return points > bool(e.free_symbols or f.free_symbols)
 
 
 def same_value(gold, answer):
-    """Whether two LaTeX values are equal; a decimal of six digits or more may stand for a value that has no end."""
-    if gold == answer:
-        return True
-    g, a = number(gold), number(answer)
-    if g and a:
-        return g[0] == a[0] or any(unit and not terminates(exact) and abs(decimal - exact) <= unit / 2
-                                   for (decimal, unit), (exact, _) in ((g, a), (a, g)))
-    if r"\infty" in gold + answer:
-        return gold.replace(" ", "") == answer.replace(" ", "")
-    e, f = expression(gold), expression(answer)
-    if bool(e.free_symbols) != bool(f.free_symbols):
-        return False
-    unit = (g or a or (0, 0))[1]
-    points = 0
-    for x, y in samples(e, f):
-        points += 1
-        if not agree(x, y) and not (unit and abs(x - y) <= unit.numerator / (2 * unit.denominator)):
-            return False
-    return points > bool(e.free_symbols)
+    """
+    A unit may be left out; given on both sides it must be the same one (no conversion). 50 % is 50 or 0.5; a gold without
+    percent takes p % as p/100, and as p where gold is over 1.
+    """
+    (e,), (f,) = gold.parts, answer.parts
+    if gold.mark == "percent" and not answer.mark:
+        return equal(e, f) or equal(e, 100 * f)
+    if answer.mark == "percent" and not gold.mark:
+        return equal(e, f / 100) or bool(e.is_Rational and e > 1 and equal(e, f))
+    return (not gold.mark or not answer.mark or gold.mark == answer.mark) and equal(e, f)
 
 
-def same_equation(gold, answer):
-    """Whether two equations say the same: left minus right of one is a constant times that of the other."""
-    e, f = (expression(left) - expression(right) for left, right in (gold, answer))
-    if not e.free_symbols or {str(s) for s in e.free_symbols} != {str(s) for s in f.free_symbols}:
+def says_zero(part):
+    """What an equation says is zero; None for a part of another kind."""
+    if part.name and part.kind == "value":
+        return expression(part.name) - part.parts[0]
+    return part.parts[0] if part.kind == "equation" else None
+
+
+def same_equation(e, f):
+    """Whether two equations say the same: what is zero in one is a constant times that in the other."""
+    if e is None or f is None or not e.free_symbols or e.free_symbols != f.free_symbols:
         return False
     pairs = [(x, y) for x, y in samples(e, f) if x and y]
     return len(pairs) > 1 and all(agree(x * pairs[0][1], y * pairs[0][0]) for x, y in pairs[1:])
-
-
-def upwards(relation):
-    """(sides, operators) of a relation, turned round if it is written with > and \\ge."""
-    sides, operators = list(relation.parts), relation.mark.split()
-    if set(operators) <= {">", r"\ge"}:
-        return sides[::-1], [{">": "<", r"\ge": r"\le"}[op] for op in operators[::-1]]
-    return sides, operators
-
-
-def interval(relation):
-    """(name, Part) of `x > 3` or `1 < x \\le 2` as an interval, or (None, None)."""
-    sides, operators = upwards(relation)
-    if len(sides) == 2 and NAME.fullmatch(sides[0]):
-        sides, operators = [r"-\infty", *sides], ["<", *operators]
-    elif len(sides) == 2:
-        sides, operators = [*sides, r"\infty"], [*operators, "<"]
-    if len(sides) != 3 or not set(operators) <= {"<", r"\le"} or not NAME.fullmatch(sides[1]):
-        return None, None
-    brackets = ("[" if operators[0] == r"\le" else "(") + ("]" if operators[1] == r"\le" else ")")
-    return sides[1].replace(" ", ""), Part("tuple", (read(sides[0]), read(sides[2])), brackets)
-
-
-def as_set(part):
-    """A relation, or a list of relations, of one variable as an interval or a union; else the part itself."""
-    if part.kind == "relation" and not set(part.mark.split()) & {"=", ":"}:
-        return interval(part)[1] or part
-    if part.kind == "list" and all(p.kind == "relation" and interval(p)[1] for p in part.parts):
-        return Part("union", tuple(interval(p)[1] for p in part.parts))
-    return part
-
-
-def assignment(part):
-    """(name, [value, ...]) of `x = 3` or `x = 1 + 2 = 3`; (None, sides) of another chain of equalities; else (None, [])."""
-    if part.kind != "relation" or set(part.mark.split()) != {"="}:
-        return None, []
-    if NAME.fullmatch(part.parts[0]) and part.parts[0] not in ("e", "i"):
-        return part.parts[0].replace(" ", ""), list(map(read, part.parts[1:]))
-    return None, list(map(read, part.parts))
-
-
-def named_values(part):
-    """[2, 3] of `x = 2, y = 3`, a list of assignments to different names; else None."""
-    pairs = [assignment(p) for p in part.parts] if part.kind == "list" else []
-    names = {name for name, _ in pairs}
-    return [values[-1] for _, values in pairs] if pairs and None not in names and len(names) == len(pairs) else None
-
-
-def one_by_one(gold, answer):
-    """Whether parts are right answers to gold parts in this order."""
-    return len(gold) == len(answer) and all(map(same, gold, answer))
 
 
 def pair_up(gold, answer):
@@ -788,81 +650,22 @@ def pair_up(gold, answer):
 
 
 def same(gold, answer):
-    """Whether an answer's Part tree is a right answer to the gold one."""
-    if gold == answer:
-        return True
-    if gold.kind == "relation" or answer.kind == "relation":
-        return same_relation(gold, answer)
+    """Whether a Part is a right answer to a gold one."""
     kinds = {gold.kind, answer.kind}
-    if kinds == {"list", "union"} or (kinds & {"union", "tuple"} and answer.kind == "list"):
-        gold, answer = as_set(gold), as_set(answer)
-        kinds = {gold.kind, answer.kind}
-    for named, plain in ((gold, answer), (answer, gold)):  # x = 2, y = 3 against 2, 3 or (2, 3): order counts
-        values = named_values(named)
-        if values and plain.kind in ("list", "tuple") and plain.mark in ("", "()") \
-                and "relation" not in {p.kind for p in plain.parts}:
-            return one_by_one(values, plain.parts) if named is gold else one_by_one(plain.parts, values)
-    if kinds == {"list"} or kinds == {"union"}:
-        return pair_up(gold.parts, answer.parts)
-    if kinds <= {"list", "set"}:
-        return (all(any(same(g, a) for a in answer.parts) for g in gold.parts)
-                and all(any(same(g, a) for g in gold.parts) for a in answer.parts))
+    if "equation" in kinds or (gold.name and answer.name and gold.name != answer.name):  # else a name may be left out
+        return same_equation(says_zero(gold), says_zero(answer))
+    if kinds <= {"list", "set"} or kinds == {"union"}:
+        names = {part.name for part in gold.parts}  # of x = 2, y = 3 no name may be left out
+        return (len(names) < 2 or names == {part.name for part in answer.parts}) and pair_up(gold.parts, answer.parts)
     if gold.kind == "choice":  # the letter alone, in either case
-        return answer.parts == (gold.parts[0].lower(),)
+        return [str(part) for part in answer.parts] in ([gold.parts[0]], [gold.parts[0].lower()])
     if len(kinds) > 1:
         return False
     if gold.kind == "value":
-        return same_quantity(gold, answer)
+        return same_value(gold, answer)
     if gold.kind == "text":
         return gold.parts == answer.parts
-    if gold.kind == "matrix":  # its rows are lists, in which order counts
-        return gold.mark == answer.mark and len(gold.parts) == len(answer.parts) and all(
-            one_by_one(g.parts, a.parts) for g, a in zip(gold.parts, answer.parts))
-    return gold.mark == answer.mark and one_by_one(gold.parts, answer.parts)
-
-
-def same_relation(gold, answer):
-    """`same` where at least one side is an equation, an inequality or a ratio."""
-    (name, gold_values), (other, answer_values) = assignment(gold), assignment(answer)
-    if gold.kind != "relation":
-        if answer_values:  # 3 <- x = 3, and 3 <- 1 + 2 = 3
-            return all(same(gold, value) for value in answer_values)
-        converted = as_set(answer)
-        return converted.kind != "relation" and same(gold, converted)
-    if answer.kind != "relation":
-        if name:  # x = 3 <- 3
-            return same(gold_values[-1], answer)
-        converted = as_set(gold)
-        return converted.kind != "relation" and same(converted, answer)
-    if name and other and (name == other or not (len(gold.parts) == len(answer.parts) == 2)):
-        return name == other and all(same(gold_values[-1], value) for value in answer_values)
-    if gold.mark == answer.mark == "=":
-        if name and other and all(v.kind == "value" and number(v.parts[0]) for v in (gold_values[-1], answer_values[-1])):
-            return False  # x = 3 and y = 3
-        return same_equation(gold.parts, answer.parts)
-    (variable, g), (other, a) = interval(gold), interval(answer)
-    if g and a:
-        return variable == other and same(g, a)
-    (gold_sides, gold_operators), (sides, operators) = upwards(gold), upwards(answer)
-    return gold_operators == operators and one_by_one(list(map(read, gold_sides)), list(map(read, sides)))
-
-
-def same_quantity(gold, answer):
-    """
-    `same` for two values with units. A unit may be left out; given on both sides it must be the same one (no
-    conversion). 50 % is 50 or 0.5; a gold without percent takes p % as p/100, and as p where gold is over 1.
-    """
-    (g,), (a,), g_unit, a_unit = gold.parts, answer.parts, gold.mark.split(), answer.mark.split()
-    if "percent" in g_unit and "percent" not in a_unit:
-        return not a_unit and (same_value(g, a) or same_value(f"\\frac{{{g}}}{{100}}", a))
-    if "percent" in a_unit and "percent" not in g_unit:
-        plain = number(g)
-        return (plain is not None and plain[0] > 1 and same_value(g, a)) or same_value(g, f"\\frac{{{a}}}{{100}}")
-    if g_unit and a_unit:  # words beside the measures may be left out: 5 red apples
-        measures = [{u for u in units if u.partition("^")[0] in UNITS} for units in (g_unit, a_unit)]
-        if measures[0] != measures[1] or not (set(g_unit) <= set(a_unit) or set(a_unit) <= set(g_unit)):
-            return False
-    return same_value(g, a)
+    return gold.mark == answer.mark and len(gold.parts) == len(answer.parts) and all(map(same, gold.parts, answer.parts))
 
 
 # What sympy and the reading raise for what they cannot take. MemoryError is not among them: it ends the worker.
@@ -870,33 +673,21 @@ UNREADABLE = (ValueError, TypeError, AttributeError, ArithmeticError, RecursionE
 
 
 def gold_kind(gold):
-    """The kind of a gold answer ('integer', 'tuple', ...), for the report; 'bad' if it cannot be judged against."""
+    """The kind of a gold answer ('number', 'tuple', ...), for the report; 'bad' if it cannot be judged against."""
     try:
         part = read(tidy(gold))
-        return str(part) if can_be_gold(part) else "bad"
     except UNREADABLE:
         return "bad"
-
-
-def can_be_gold(part):
-    """Whether all values of a gold answer are expressions and its texts are short; raises what UNREADABLE names if not."""
-    if part.kind == "value":
-        return r"\infty" in part.parts[0] or bool(expression(part.parts[0]) is not None)
-    if part.kind == "text":
-        return len(part.parts[0]) <= 80 and part.parts[0] not in ("", "nan", "inf", "null", "undefined")
-    if part.kind == "choice":
-        return True
-    return all(can_be_gold(read(p) if part.kind == "relation" else p) for p in part.parts
-               if part.kind != "relation" or not NAME.fullmatch(p))
+    return part.kind if part.kind != "value" else "number" if part.parts[0].is_Rational else "expression"
 
 
 def right_answer(gold, answer):
-    """Whether the inside of a \\boxed{} is a right answer to a gold one; what cannot be read is not."""
+    """'right' if the inside of a \\boxed{} is a right answer to a gold one, else, or if it cannot be read, 'wrong'."""
     try:
         gold, answer = tidy(gold), tidy(answer)
-        return gold == answer or bool(same(read(gold), read(answer)))
+        return "right" if gold == answer or same(read(gold), read(answer)) else "wrong"
     except UNREADABLE:
-        return False
+        return "wrong"
 
 
 # ------------------------------------------------------------------------------------------------ programs and tests
@@ -912,26 +703,19 @@ class Language(NamedTuple):
     file: str
     compile: str  # shell line that leaves `program` in the working directory; "" if there is nothing to compile
     run: str
-    address_space: bool = True  # whether it can live under a limit of its address space
-    processes: int = 16  # threads included
+    processes: int = 16  # threads included; runtimes with many also reserve more address space than they use
 
 
-# Java: the file is named after its public class; the jar starts at the class that has a main.
-JAVA = (r"n=$(sed -nE 's/.*public +(final +)?class +(\w+).*/\2/p' Main.java | head -1); mkdir c s; "
-        r"mv Main.java s/${n:-Main}.java; javac -J-Xmx512m -d c s/*.java && cd c && jar cfe ../program $(grep -lF '([Ljava/lang/String;)V' *.class | "
-        r"head -1 | sed s/.class//) . && cd ..")
 LANGUAGES = (
     Language(("python", "python3", "py"), "python3", "main.py", "", "python3 -I main.py"),
     Language(("cpp", "c++", "cc", "cxx"), "g++", "main.cpp", "g++ -O2 -std=c++17 -o program main.cpp", "./program"),
     Language(("c",), "gcc", "main.c", "gcc -O2 -std=c17 -o program main.c -lm", "./program"),
     Language(("rust", "rs"), "rustc", "main.rs", "rustc -O --edition 2021 -o program main.rs", "./program"),
-    Language(("go", "golang"), "go", "main.go", "GOCACHE=/tmp/go HOME=/tmp go build -o program main.go", "./program", False,
-             64),
-    Language(("java",), "javac", "Main.java", JAVA,
-             "java -Xmx{mb}m -Xss64m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -jar program", False, 64),
+    Language(("go", "golang"), "go", "main.go", "GOCACHE=/tmp/go HOME=/tmp go build -o program main.go", "./program", 64),
+    Language(("java",), "javac", "Main.java", "", "java -Xmx512m -Xss64m -XX:+UseSerialGC Main.java", 64),
 )
 SANDBOX_PATH = "/usr/local/go/bin:/usr/local/bin:/usr/bin"
-OUTPUT_BYTES, FILE_BYTES, TMPFS_BYTES = 64 << 20, 64 << 20, 128 << 20
+OUTPUT_BYTES, TMPFS_BYTES = 64 << 20, 128 << 20  # of any one file, of which the output is one; of all files
 COMPILE_SECONDS = 20.0
 ALL_TESTS = 20  # all tests of a program together may take so many times the limit of one
 # Calls entry_point on one test's arguments. Its result goes out by a descriptor of its own; what is printed does not.
@@ -953,24 +737,23 @@ out.flush()
 
 
 class Run(NamedTuple):
-    ended: str  # ok (exit status 0), failed, timeout, memory, output
+    ended: str  # ok (exit status 0), failed, timeout, memory
     output: bytes
+
+
+# A fenced block: its language and the lines until the next fence, which must be a bare one.
+BLOCK = re.compile(r"^[ \t]*```[ \t]*([^\s`]+)[^`\n]*\n((?:(?![ \t]*```).*\n)*)[ \t]*```[ \t]*$", re.MULTILINE)
 
 
 def last_program(response):
     """(Language, source) of the last closed fenced block that names a known, installed language, or None."""
     if "<think>" in response and "</think>" not in response:
         return None
-    found, opened, lines = None, None, response.rpartition("</think>")[2].splitlines()
-    for i, line in enumerate(lines):
-        fence = re.fullmatch(r"\s*```([^`]*)", line)
-        if fence and (opened is None or fence[1].strip()):
-            opened = i, fence[1].strip().lower().partition(" ")[0]
-        elif fence:
-            language = next((x for x in LANGUAGES if opened[1] in x.names and installed(x)), None)
-            found = (language, "\n".join(lines[opened[0] + 1: i]) + "\n") if language else found
-            opened = None
-    return found
+    for name, source in reversed(BLOCK.findall(response.rpartition("</think>")[2].replace("\r\n", "\n"))):
+        for language in LANGUAGES:
+            if name.lower() in language.names and installed(language):
+                return language, source
+    return None
 
 
 @functools.cache
@@ -999,41 +782,18 @@ def seccomp_filter():
     return b"".join(struct.pack("HBBI", *step) for step in program)
 
 
-def sandbox_command(shell, names, fds, info, seccomp):
-    """The bubblewrap command line that runs a shell line over files (their names, open descriptors with their bytes)."""
-    command = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session",
-               "--as-pid-1",  # when the shell ends, as process 1, the kernel ends every process that is left
-               "--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--cap-drop", "ALL", "--clearenv",
-               "--setenv", "PATH", SANDBOX_PATH, "--setenv", "LANG", "C.UTF-8", "--info-fd", str(info),
-               "--seccomp", str(seccomp),
-               "--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin", "--proc", "/proc",
-               "--dev", "/dev", "--remount-ro", "/dev"]
-    for name in ("lib", "lib32", "lib64", "libx32"):
-        if os.path.islink("/" + name):
-            command += ["--symlink", "usr/" + name, "/" + name]
-    for path in ["/etc/ld.so.cache", "/etc/alternatives", *glob.glob("/etc/java-*")]:
-        command += ["--ro-bind-try", path, path]
-    command += ["--size", str(TMPFS_BYTES), "--tmpfs", "/tmp"]
-    for name, fd in zip(names, fds):
-        command += ["--perms", "0755", "--file", str(fd), "/tmp/" + name]
-    return [*command, "--remount-ro", "/", "--chdir", "/tmp", "sh", "-c", shell]
-
-
-def run_program(shell, files, stdin=b"", seconds=5.0, memory=1.0, processes=16, address_space=True, sandbox=True):
+def run_program(shell, files, stdin=b"", seconds=5.0, memory=1.0, processes=16, sandbox=True):
     """
     Runs a shell line over files ({name: bytes}) in a sandbox of its own and returns Run, with all its processes gone.
 
-    Limits: `seconds` of wall time and of CPU per process; `processes`, threads included; `memory` GiB, as address space
-    of each process and as resident memory of all together (looked at every 20 ms); the size of files, the temporary
-    file system and the output. sandbox=False: no protection at all, only the limits. Raises RuntimeError where the
-    sandbox itself does not start.
+    Limits: `seconds` of wall time and of CPU per process; `processes`, threads included; `memory` GiB, as resident memory
+    of all together (looked at every 20 ms) and, up to 32 processes, as address space of each; the size of files, the output
+    among them, and of the temporary file system. sandbox=False: no protection at all, only the limits. Raises
+    RuntimeError where the sandbox itself does not start.
     """
-    limits = f"prlimit --core=0 --nofile=256 --fsize={FILE_BYTES} --cpu={math.ceil(seconds) + 1}"
-    if address_space:
+    limits = f"prlimit --core=0 --nofile=256 --fsize={OUTPUT_BYTES} --cpu={math.ceil(seconds) + 1}"
+    if processes <= 32:
         limits += f" --as={int(memory * 2**30)} --stack={int(memory * 2**28)}"
-    if sandbox:
-        limits += f" --nproc={processes}"
-    shell = f"{limits} sh -c {shlex.quote(shell)}; exit $?"
     with contextlib.ExitStack() as stack:
         def in_memory(data):
             file = stack.enter_context(os.fdopen(os.memfd_create("data"), "wb+"))
@@ -1042,75 +802,60 @@ def run_program(shell, files, stdin=b"", seconds=5.0, memory=1.0, processes=16, 
             return file.fileno()
 
         fds = {name: in_memory(data) for name, data in files.items()}
-        stdin, seccomp = in_memory(stdin), in_memory(seccomp_filter() if sandbox else b"")
-        info, info_write = os.pipe()
-        stack.callback(os.close, info)
-        how = {"env": {}, "cwd": "/"}
+        info, how = in_memory(b""), {}
         if sandbox:
-            command = [shutil.which("bwrap"), *sandbox_command(shell, fds, fds.values(), info_write, seccomp)[1:]]
+            seccomp = in_memory(seccomp_filter())
+            command = [shutil.which("bwrap"), "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent",
+                       "--new-session", "--as-pid-1",  # when the shell ends, the kernel ends every process that is left
+                       "--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--cap-drop", "ALL", "--clearenv",
+                       "--setenv", "PATH", SANDBOX_PATH, "--setenv", "LANG", "C.UTF-8", "--info-fd", str(info),
+                       "--seccomp", str(seccomp), "--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin",
+                       "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+            for name in filter(os.path.islink, ("/lib", "/lib32", "/lib64", "/libx32")):
+                command += ["--symlink", "usr" + name, name]
+            for path in ["/etc/ld.so.cache", "/etc/alternatives", *glob.glob("/etc/java-*")]:
+                command += ["--ro-bind-try", path, path]
+            command += ["--size", str(TMPFS_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+            for name, fd in fds.items():
+                command += ["--perms", "0755", "--file", str(fd), "/tmp/" + name]
+            command += ["--remount-ro", "/"]
+            limits += f" --nproc={processes}"
+            how = {"env": {}, "cwd": "/", "pass_fds": [*fds.values(), info, seccomp]}
             if os.geteuid() == 0:  # the process limit does not hold for root, not even inside a user namespace
                 how |= {"user": 65534, "group": 65534, "extra_groups": []}
         else:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            command, how = [], {"cwd": stack.enter_context(tempfile.TemporaryDirectory())}
             for name, data in files.items():
-                with open(os.path.join(folder, name), "wb", opener=lambda p, flags: os.open(p, flags, 0o755)) as f:
+                with open(os.path.join(how["cwd"], name), "wb", opener=lambda p, flags: os.open(p, flags, 0o755)) as f:
                     f.write(data)
-            command, how = ["sh", "-c", shell], {"cwd": folder, "start_new_session": True}
-        process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                   pass_fds=[*fds.values(), seccomp, info_write], **how)
-        os.close(info_write)
-        first = process.pid
+        command += ["sh", "-c", f"{limits} sh -c {shlex.quote(shell)}; exit $?"]
+        output, ended = in_memory(b""), None
+        process = subprocess.Popen(command, stdin=in_memory(stdin), stdout=output, stderr=subprocess.DEVNULL, **how)
         try:
-            if sandbox:
-                told = b""
-                while not told.endswith(b"}\n") and (piece := os.read(info, 4096)):
-                    told += piece
-                if not told:
-                    raise RuntimeError("bubblewrap did not start")
-                first = json.loads(told)["child-pid"]  # process 1 of the sandbox, by its number out here
-            return Run(*watch(process, first, seconds, memory))
+            over, deadline = os.pidfd_open(process.pid), time.monotonic() + seconds
+            stack.callback(os.close, over)
+            while not ended and not select.select([over], [], [], 0.02)[0]:
+                if time.monotonic() > deadline:
+                    ended = "timeout"
+                elif resident(process.pid) > memory * 2**30:
+                    ended = "memory"
         finally:
-            if not sandbox:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-            elif process.poll() is None:
-                kill_tree(process.pid) if first == process.pid else os.kill(first, signal.SIGKILL)
-            process.wait()  # bubblewrap ends once the kernel has ended all processes of the sandbox
-            process.stdout.close()
-
-
-def watch(process, first, seconds, memory):
-    """(how it ended, its output) of a running program: reads what it prints until it ends or breaks a limit."""
-    output, open_, deadline, looked = bytearray(), True, time.monotonic() + seconds, 0.0
-    poll = select.poll()
-    poll.register(process.stdout, select.POLLIN)
-    while True:
-        if open_ and poll.poll(20):
-            chunk = os.read(process.stdout.fileno(), 1 << 20)
-            output += chunk
-            open_ = bool(chunk)
-        elif not open_:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return "failed" if process.wait(0.02) else "ok", bytes(output)
-        now = time.monotonic()
-        if now > deadline:
-            return "timeout", b""
-        if len(output) > OUTPUT_BYTES:
-            return "output", b""
-        if now - looked > 0.02:
-            looked = now
-            if resident(first) > memory * 2**30:
-                return "memory", b""
+            while process.poll() is None:  # it ends once all below it have: the kernel sees to those of the sandbox
+                kill(descendants(process.pid)[1:])
+                time.sleep(0.002)
+        if sandbox and process.returncode and not ended and not os.fstat(info).st_size:
+            raise RuntimeError("bubblewrap did not start")
+        return Run(ended or ("failed" if process.returncode else "ok"), os.pread(output, OUTPUT_BYTES, 0))
 
 
 def descendants(pid):
     """The ids of a process and of all that descend from it."""
-    waiting = [pid]
-    while waiting:
-        yield (pid := waiting.pop())
+    found = [pid]
+    for pid in found:
         for path in glob.glob(f"/proc/{pid}/task/*/children"):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(path) as f:  # it may have ended meanwhile
-                waiting += map(int, f.read().split())
+                found += map(int, f.read().split())
+    return found
 
 
 def resident(pid):
@@ -1122,10 +867,8 @@ def resident(pid):
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def kill_tree(pid):
-    """Kills a process and its descendants. Stopped first, so that it starts no more of them."""
-    os.kill(pid, signal.SIGSTOP)
-    for pid in list(descendants(pid)):
+def kill(pids):
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
@@ -1133,86 +876,69 @@ def kill_tree(pid):
 def check_sandbox():
     """Ends the program with what to install or allow if bubblewrap cannot be used here."""
     refuse = "; --unsafe_no_sandbox would run model-written programs WITH ALL YOUR RIGHTS"
-    if shutil.which("bwrap") is None:
-        fail(f"--mode code needs bubblewrap: apt-get install bubblewrap{refuse}")
-    if not os.path.exists("/usr/bin/prlimit") or not installed(LANGUAGES[0]):
-        fail("--mode code needs /usr/bin/prlimit and /usr/bin/python3: apt-get install util-linux python3")
+    if not shutil.which("bwrap") or not os.path.exists("/usr/bin/prlimit") or not installed(LANGUAGES[0]):
+        fail(f"--mode code needs bubblewrap, prlimit and python3: apt-get install bubblewrap util-linux python3{refuse}")
     if platform.machine() not in FORBIDDEN:
         fail(f"--mode code: the sandbox knows {' and '.join(FORBIDDEN)}, this machine is {platform.machine()}{refuse}")
-    try:
-        works = run_program("cat", {}, b"ok", seconds=10).output == b"ok"
-    except RuntimeError:
-        works = False
-    if not works:
-        fail("--mode code: bubblewrap is installed but makes no sandbox here; it must be 0.8 or newer and may need user "
-             "namespaces allowed (sysctl kernel.apparmor_restrict_unprivileged_userns=0; for a container docker run "
-             f"--security-opt seccomp=unconfined --security-opt systempaths=unconfined){refuse}")
+    with contextlib.suppress(RuntimeError):
+        if run_program("cat", {}, b"ok", seconds=10).output == b"ok":
+            return
+    fail("--mode code: bubblewrap is installed but makes no sandbox here; it must be 0.8 or newer and may need user "
+         "namespaces allowed (sysctl kernel.apparmor_restrict_unprivileged_userns=0; for a container docker run "
+         f"--security-opt seccomp=unconfined --security-opt systempaths=unconfined){refuse}")
 
 
 def judge_program(language, source, tests, seconds, memory, sandbox):
-    """'1', '0' or 'late' (too slow) of a program on its tests, one sandbox for each; the first that fails decides."""
-    language = Language(*language)
-    files = {language.file: source.encode("utf-8", "replace")}
-    how = {"memory": memory, "sandbox": sandbox, "address_space": language.address_space}
+    """'right', 'wrong' or 'timeout' of a program on its tests, one sandbox for each; the first that fails decides."""
+    language, entry, seconds = Language(*language), tests["entry_point"], tests["seconds"] or seconds
+    files, shell = {language.file: source.encode("utf-8", "replace")}, language.run
+    if entry:  # a call of a Python function, for which other languages have no file main.py
+        files["driver.py"], shell = DRIVER.encode(), "python3 -I driver.py"
     if language.compile:
-        result = run_program(f"{{ {language.compile}; }} >/dev/null && cat program", files, seconds=COMPILE_SECONDS,
-                             processes=max(32, language.processes), **how)
-        if result.ended != "ok":
-            return "late" if result.ended == "timeout" else "0"
-        files = {"program": result.output}
-    shell = language.run.replace("{mb}", str(int(memory * 512)))
-    if tests["entry_point"]:
-        if language.file != "main.py":
-            return "0"
-        shell, files = "python3 -I driver.py", {**files, "driver.py": DRIVER.encode()}
-    seconds = tests["seconds"] or seconds
+        run = run_program(f"{{ {language.compile}; }} >/dev/null && cat program", files, b"", COMPILE_SECONDS, memory,
+                          max(32, language.processes), sandbox)
+        if run.ended != "ok":
+            return "timeout" if run.ended == "timeout" else "wrong"
+        files = {"program": run.output}
     deadline = time.monotonic() + ALL_TESTS * seconds
     for given, expected in tests["cases"]:
         if time.monotonic() > deadline:
-            return "late"
-        result = run_program(shell, files, given.encode("utf-8", "replace"), seconds, processes=language.processes, **how)
-        if result.ended != "ok":
-            return "late" if result.ended == "timeout" else "0"
-        same_output = same_result if tests["entry_point"] else same_text
-        if not same_output(result.output.decode("utf-8", "replace"), expected, tests["tolerance"]):
-            return "0"
-    return "1"
+            return "timeout"
+        run = run_program(shell, files, given.encode("utf-8", "replace"), seconds, memory, language.processes, sandbox)
+        if run.ended == "timeout":
+            return "timeout"
+        output = run.output.decode("utf-8", "replace")
+        if run.ended != "ok" or not same_output(output, expected, tests["tolerance"], is_json=bool(entry)):
+            return "wrong"
+    return "right"
 
 
-def same_text(output, expected, tolerance=None):
-    """Line by line, trailing blanks ignored; with a tolerance, numbers may differ by so much, absolutely or relatively."""
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?")
+
+
+def same_output(output, expected, tolerance=None, is_json=False):
+    """
+    Whether two outputs, or results of a function in JSON, are the same line by line, trailing blanks ignored. With a
+    tolerance, their numbers may differ by so much, absolutely or relatively; without one, 1, 1.0 and true are three things.
+    """
+    if is_json:
+        try:  # in one spelling, each value a word of its own
+            output, expected = (json.dumps(json.loads(text), sort_keys=True, indent=0, separators=(" ,", " : "))
+                                for text in (output, expected))
+        except (ValueError, RecursionError):
+            return False
     mine, theirs = ([line.rstrip() for line in text.rstrip().splitlines()] for text in (output, expected))
     if mine == theirs or tolerance is None:
         return mine == theirs
     mine, theirs = ([line.split() for line in lines] for lines in (mine, theirs))
     return list(map(len, mine)) == list(map(len, theirs)) and all(
-        a == b or near(a, b, tolerance) for x, y in zip(mine, theirs) for a, b in zip(x, y))
-
-
-def near(a, b, tolerance):
-    """Whether two words are finite decimal numbers that differ by no more than the tolerance, absolutely or relatively."""
-    plain = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?")
-    return bool(plain.fullmatch(a) and plain.fullmatch(b)) and abs(float(a) - float(b)) <= tolerance * max(1, abs(float(b)))
-
-
-def same_result(output, expected, tolerance=None):
-    """As `same_text`, for the JSON of a function's result; 1, 1.0 and true are three different things."""
-    def equal(a, b):
-        if isinstance(a, list) and isinstance(b, list):
-            return len(a) == len(b) and all(map(equal, a, b))
-        if isinstance(a, dict) and isinstance(b, dict):
-            return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-        if tolerance is not None and type(a) in (int, float) and type(b) in (int, float):
-            return near(str(a), str(b), tolerance)
-        return type(a) is type(b) and a == b
-    try:
-        return equal(json.loads(output), json.loads(expected))
-    except (ValueError, RecursionError):
-        return False
+        a == b or (NUMBER.fullmatch(a) and NUMBER.fullmatch(b)
+                   and abs(float(a) - float(b)) <= tolerance * max(1, abs(float(b))))
+        for x, y in zip(mine, theirs) for a, b in zip(x, y))
 
 
 # What the rows of data sets call their tests.
-TEST_FIELDS = ("official_tests", "tests", "public_test_cases", "examples", "input_output", "test")
+TEST_FIELDS = ("official_tests", "tests", "public_test_cases", "examples", "input_output")
 
 
 def code_tests(row):
@@ -1226,94 +952,59 @@ def code_tests(row):
     if row.get("input_mode") == "file":
         return None, "its programs read files"
     entry = row.get("entry_point")
-    if entry is not None and not (isinstance(entry, str) and re.fullmatch(r"(?:[A-Za-z_]\w*\(\)\.)?[A-Za-z_]\w*", entry)):
+    if entry is not None and not re.fullmatch(r"(?:[A-Za-z_]\w*\(\)\.)?[A-Za-z_]\w*", str(entry)):
         return None, "field 'entry_point' names no function"
     cases, why = [], "no tests"
-    for field in TEST_FIELDS:
-        value = row.get(field)
-        if value is None or value == "" or value == []:
-            continue
+    for field in filter(row.get, TEST_FIELDS):
         try:
-            found = read_cases(value, entry)
+            found = read_cases(row[field], entry)
         except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
             found = []
         cases += [case for case in found if case not in cases]
         why = why if found else f"field '{field}' gives no test"
-    stated = re.search(r"(?:absolute|relative)[^.]{0,40}error[^.]{0,80}?(?:10\s*\^\s*\{?\s*[-−–]\s*(\d+)|1e-(\d+))",
-                       str(next((row[k] for k in PROBLEM_FIELDS if row.get(k)), "")) + str(row.get("output_format") or ""))
-    tolerance = row.get("tolerance") if isinstance(row.get("tolerance"), (int, float)) else None
-    if tolerance is None and stated:
-        tolerance = 10.0 ** -int(stated[1] or stated[2])
-    stated = row.get("time_limit")
-    seconds = min(stated, 60.0) if isinstance(stated, (int, float)) and stated > 0 else None
+    statement = str(next(filter(None, map(row.get, PROBLEM_FIELDS)), "")) + str(row.get("output_format") or "")
+    stated = re.search(r"(?:absolute|relative)[^.]{0,40}error[^.]{0,80}?(?:10 *\^ *\{? *[-−–] *|1e-)(\d+)", statement)
+    tolerance, seconds = row.get("tolerance"), row.get("time_limit")
+    if not isinstance(tolerance, (int, float)):
+        tolerance = 10.0 ** -int(stated[1]) if stated else None
+    seconds = min(seconds, 60.0) if isinstance(seconds, (int, float)) and seconds > 0 else None
     tests = {"cases": cases, "entry_point": entry, "seconds": seconds, "tolerance": tolerance}
     return (tests, None) if cases else (None, why)
 
 
 def read_cases(value, entry):
-    """[[input, expected], ...] of one field: a list of pairs, two columns, JSON of either, or a function's asserts."""
+    """[[input, expected], ...] of one field: a list of {input, output}, two columns, or the JSON of either."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            return read_asserts(value, entry) if entry else []
+        value = json.loads(value)
     if isinstance(value, dict):
-        inputs = value.get("input", value.get("inputs"))
-        outputs = value.get("output", value.get("outputs"))
-        if len(inputs) != len(outputs) or isinstance(inputs, str):
-            return []
-        value = [{"input": i, "output": o} for i, o in zip(inputs, outputs)]
-    cases = []
-    for case in value:
-        given, expected = case["input"], case["output"]
-        if entry:
-            args, kwargs = arguments(given)
-            cases.append([json.dumps([entry, args, kwargs]), json.dumps(literal(expected))])
-            continue
-        given, expected = ("\n".join(map(str, x)) if isinstance(x, list) else x for x in (given, expected))
-        if isinstance(given, str) and isinstance(expected, str) and not given.rstrip().endswith("..."):  # cut short
-            cases.append([given, expected])
-    return cases
+        inputs, outputs = (value.get(name, value.get(name + "s")) for name in ("input", "output"))
+        inputs, outputs = ([x] if isinstance(x, str) else x for x in (inputs, outputs))
+        value = [{"input": i, "output": o} for i, o in zip(inputs, outputs, strict=True)]
+    pairs = [(case["input"], case["output"]) for case in value]
+    if entry:
+        return [[json.dumps([entry, *arguments(given)]), json.dumps(literal(expected))] for given, expected in pairs]
+    lines = [["\n".join(map(str, x)) if isinstance(x, list) else x for x in pair] for pair in pairs]
+    return [pair for pair in lines if {type(x) for x in pair} == {str} and not pair[0].rstrip().endswith("...")]  # cut short
 
 
 def arguments(given):
-    """(args, kwargs) of a function test's input: a list, a dict, 'nums = [1], k = 2', or a JSON value per line."""
-    if isinstance(given, dict):
-        return [], given
+    """(args, kwargs) of a function test's input: a list, 'nums = [1], k = 2', or a value per line."""
     if isinstance(given, list):
         return given, {}
     if re.match(r"\s*[A-Za-z_]\w*\s*=", given):
-        call = ast.parse(f"f({given})", mode="eval").body
-        return [], {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-    return [json.loads(line) for line in given.splitlines() if line.strip()], {}
+        return [], {k.arg: ast.literal_eval(k.value) for k in ast.parse(f"f({given})", mode="eval").body.keywords}
+    return [literal(line) for line in given.splitlines() if line.strip()], {}
 
 
 def literal(text):
     """A value from its JSON or Python text; anything but text is itself."""
-    if not isinstance(text, str):
-        return text
     try:
-        return json.loads(text)
+        return json.loads(text) if isinstance(text, str) else text
     except json.JSONDecodeError:
         return ast.literal_eval(text)
 
 
-def read_asserts(text, entry):
-    """The cases of `assert candidate(1, k=2) == 3` lines; others are left out, and all if one cannot be read."""
-    cases = []
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Assert):
-            call, expected = node.test.left, node.test.comparators[0]
-            if not isinstance(node.test.ops[0], ast.Eq) or call.func.id not in ("candidate", entry):
-                raise ValueError("an assert of another form")
-            cases.append([json.dumps([entry, [ast.literal_eval(a) for a in call.args],
-                                      {k.arg: ast.literal_eval(k.value) for k in call.keywords}]),
-                          json.dumps(ast.literal_eval(expected))])
-    return cases
-
-
 # ------------------------------------------------------------------------------------------------------- verdicts
-
 
 UNSAFE = "MODEL-WRITTEN PROGRAMS RUN WITH ALL YOUR RIGHTS: THEY CAN READ, CHANGE AND DELETE YOUR FILES AND USE YOUR NETWORK"
 
@@ -1326,22 +1017,19 @@ class Verdict(NamedTuple):
 def worker():
     """
     The judge's worker process, until stdin ends. One JSON line in, [seconds it may take, function, arguments], where
-    function is gold_kind, right_answer or judge_program; one line out: what it returns, or 'bad' for a gold answer that
-    cannot be read.
+    function is gold_kind, right_answer or judge_program; one line out, what it returns.
     """
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (int(float(sys.argv[2]) * 2**30), resource.RLIM_INFINITY))
     sys.set_int_max_str_digits(20_000)
-    expression("x")  # imports the parser
+    expression("2x")  # imports the parser
     print("ready", flush=True)
     for line in sys.stdin:
         seconds, function, arguments = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # its default ends the process, should the parent be gone
         if function == "judge_program":
             resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)  # programs have a limit of their own
-            reply = judge_program(*arguments)
-        else:
-            reply = right_answer(*arguments) if function == "right_answer" else gold_kind(*arguments)
+        reply = globals()[function](*arguments)
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(reply, flush=True)
 
@@ -1362,85 +1050,68 @@ class Judge:
             print(f"--unsafe_no_sandbox: {UNSAFE}", flush=True)
         workers = workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.limit, self.memory, self.program_memory, self.sandbox = limit, memory, program_memory, sandbox
-        self.known, self.local, self.lock, self.processes = {}, threading.local(), threading.Lock(), set()
-        self.spare = [self.start() for _ in range(workers)]  # all at once: their imports take a second
-        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")
+        self.known = {}  # a verdict is a pure function of two strings, asked again for every sample of a problem
+        self.idle = deque(self.start() for _ in range(workers))  # all at once: their imports take a second
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")  # each of its threads takes one that is idle
 
     def start(self):
-        command = [sys.executable, os.path.abspath(__file__), "--worker", str(self.memory)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker", str(self.memory)],
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                    env={**os.environ, "OMP_NUM_THREADS": "1"})
         process.is_ready = False
-        with self.lock:
-            self.processes.add(process)
         return process
 
     def ask(self, function, arguments, seconds):
-        """What a worker replies, or 'timeout' or 'crash'; one worker process per thread of the pool."""
-        process = getattr(self.local, "process", None)
-        if process is None:
-            with self.lock:
-                process = self.spare.pop() if self.spare else None
-            process = self.local.process = process or self.start()
-        if not process.is_ready:
-            if self.read(process, 60) != "ready":
-                raise RuntimeError(f"a judge worker did not start; run this to see why: {' '.join(process.args)}")
-            process.is_ready = True
+        """What a worker replies, or 'timeout' or 'crash'."""
+        process = self.idle.pop()
+        if not process.is_ready and not self.read(process, 60):
+            raise RuntimeError(f"a judge worker did not start; run this to see why: {' '.join(process.args)}")
+        process.is_ready = True
         try:
             process.stdin.write((json.dumps([seconds, function, arguments]) + "\n").encode())
             process.stdin.flush()
             reply = self.read(process, seconds)
         except BrokenPipeError:
-            reply = "crash"
-        if reply in ("timeout", "crash"):
+            reply = ""
+        if not reply:
             self.stop(process)
-            self.local.process = None
-        return reply
+            process = self.start()
+        self.idle.append(process)
+        return reply or ("timeout" if reply is None else "crash")
 
     def read(self, process, seconds):
-        poll = select.poll()
-        poll.register(process.stdout, select.POLLIN)
-        if not poll.poll(seconds * 1000):
-            return "timeout"
-        return process.stdout.readline().decode().strip() or "crash"
+        """A line of a worker, "" if it is dead, None if it takes too long."""
+        if select.select([process.stdout], [], [], seconds)[0]:
+            return process.stdout.readline().decode().strip()
+        return None
 
     def stop(self, process):
-        kill_tree(process.pid)  # bubblewrap itself, killed while it sets up, would leave a child that waits for ever
+        process.send_signal(signal.SIGSTOP)  # so that it starts nothing more
+        kill(descendants(process.pid))  # bubblewrap, killed alone while it sets up, leaves a child that waits for ever
         process.wait()
         process.stdin = process.stdout = None
-        with self.lock:
-            self.processes.discard(process)
 
     def submit(self, problem, response):
-        """
-        A Future of the Verdict on a response (text). Only its last \\boxed{} counts, for code its last fenced block;
-        without one it is wrong.
-        """
+        """A Future of the Verdict on a response (text)."""
+        return self.pool.submit(self.verdict, problem, response)
+
+    def verdict(self, problem, response):
+        """The Verdict on a response: on its last \\boxed{}, for code its last fenced block; without one it is wrong."""
         answer = last_program(response) if problem.mode == "code" else last_boxed(response)
         if answer is None:
-            done = Future()
-            done.set_result(Verdict(False, "no answer"))
-            return done
-        return self.pool.submit(self.verdict_code if problem.mode == "code" else self.verdict, problem, answer)
-
-    def verdict(self, problem, answer):
-        """The Verdict on the inside of a \\boxed{}."""
-        key = problem.answer, answer
-        if len(answer) > 10_000:  # nobody's final answer is that long
-            return Verdict(False, "wrong")
-        if key not in self.known:
-            reply = self.ask("right_answer", key, self.limit)
-            verdict = Verdict(reply == "True", {"True": "right", "False": "wrong"}.get(reply, reply))
-            if len(answer) > 200 or verdict.reason in ("timeout", "crash"):
-                return verdict
-            self.known[key] = verdict  # a pure function of two short strings, asked again for every sample of a problem
-        return self.known[key]
-
-    def verdict_code(self, problem, program):
-        """The Verdict on a program (Language, source)."""
-        most = COMPILE_SECONDS + 10 + (ALL_TESTS + 1) * (problem.tests["seconds"] or self.limit)
-        reply = self.ask("judge_program", [*program, problem.tests, self.limit, self.program_memory, self.sandbox], most)
-        return Verdict(reply == "1", {"1": "right", "0": "wrong", "late": "timeout"}.get(reply, reply))
+            return Verdict(False, "no answer")
+        if problem.mode == "code":
+            most = COMPILE_SECONDS + 10 + (ALL_TESTS + 1) * (problem.tests["seconds"] or self.limit)
+            how = problem.tests, self.limit, self.program_memory, self.sandbox
+            reason = self.ask("judge_program", [*answer, *how], most)
+        elif len(answer) > 10_000:  # nobody's final answer is that long
+            reason = "wrong"
+        else:
+            key = problem.answer, answer
+            reason = self.known.get(key) or self.ask("right_answer", key, self.limit)
+            if len(answer) <= 200 and reason in ("right", "wrong"):
+                self.known[key] = reason
+        return Verdict(reason == "right", reason)
 
     def __call__(self, problems, responses):
         """Verdicts of responses[i] to problems[i], in order."""
@@ -1448,15 +1119,14 @@ class Judge:
 
     def parse_golds(self, problems):
         """Sets the kind of each problem's answer. For each None, or the reason why its gold answer cannot be used."""
-        kinds = list(self.pool.map(lambda p: self.ask("gold_kind", [p.answer], self.limit), problems))
-        for problem, kind in zip(problems, kinds):
+        for problem, kind in zip(problems, self.pool.map(lambda p: self.ask("gold_kind", [p.answer], self.limit), problems)):
             problem.kind = kind
-        return [{"bad": "gold cannot be parsed"}.get(kind, f"gold cannot be parsed ({kind})")
-                if kind in ("bad", "timeout", "crash") else None for kind in kinds]
+        return [f"gold cannot be parsed{'' if problem.kind == 'bad' else f' ({problem.kind})'}"
+                if problem.kind in ("bad", "timeout", "crash") else None for problem in problems]
 
     def close(self):
         self.pool.shutdown()
-        for process in list(self.processes):
+        for process in self.idle:
             self.stop(process)
 
     def __enter__(self):
