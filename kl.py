@@ -221,6 +221,7 @@ def main():
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    verify.load_tokenizer(args.student)  # says in one line what is wrong with the folder, if anything is
     tokenizer = verify.load_tokenizer(args.teacher)
     family = verify.phrase_family(args.teacher, args.phrases)
     student, teacher = (AutoModelForCausalLM.from_pretrained(m, dtype=dtype).to(device).eval()
@@ -231,7 +232,7 @@ def main():
         rows.setdefault((row["id"], row["sample"]), row)
     rows = [row for row in rows.values() if row["y_init_tokens"]][: args.max_responses]
     if not rows:
-        raise SystemExit(f"--responses {args.responses} holds no responses")
+        verify.fail(f"--responses {args.responses} holds no responses; srt.py writes such a file")
 
     curves, cells = {True: [], False: []}, []
     for row in tqdm(rows, desc="score", unit="response"):
@@ -266,7 +267,7 @@ def main():
 
 
 HEAT_PAGE = """<!doctype html><meta charset="utf-8"><title>Where the reviser disagrees</title>
-<style>body{font:15px/1.9 monospace;max-width:75em;margin:2em auto} span{padding:2px 0;white-space:pre-wrap}
+<style>body{font:15px/1.9 monospace;max-width:75em;margin:2em auto;padding:0 1em} span{padding:2px 0;white-space:pre-wrap}
 h3{font:bold 15px sans-serif;margin:1.6em 0 .2em}</style>
 <p style="font-family:sans-serif">Each token is coloured by log p_student - log p_reviser: <span style="background:
 rgba(220,40,40,.6)">red</span> where the reviser, told the outcome, finds the token less likely than the student did,
@@ -296,6 +297,7 @@ def draw_buckets(mean, summary, path):
     ax.set(xlabel="tokens of a response, sorted by KL, in 20 equal buckets", ylabel="share of the response's KL",
            title="Self-localisation: where the KL sits")
     ax.set_ylim(bottom=0)
+    ax.set_xticks((1, 5, 10, 15, 20))
     ax.legend(title="y_init was")
     fig.savefig(path, dpi=150)
 

@@ -54,6 +54,8 @@ def launch():
     """
     import torch
     import torch.distributed as dist
+    import transformers
+    transformers.utils.logging.disable_progress_bar()  # of loading weights: it would run through the step lines
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -1019,6 +1021,8 @@ def worker():
     The judge's worker process, until stdin ends. One JSON line in, [seconds it may take, function, arguments], where
     function is gold_kind, right_answer or judge_program; one line out, what it returns.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and torchrun's end reach the whole group; the Judge decides
+        signal.signal(number, signal.SIG_IGN)
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (int(float(sys.argv[2]) * 2**30), resource.RLIM_INFINITY))
     sys.set_int_max_str_digits(20_000)

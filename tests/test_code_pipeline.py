@@ -80,7 +80,7 @@ def test_srt_keeps_what_the_tests_pass(tmp_path, model):
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     (tmp_path / "stub.py").write_text(STUB.format(root=str(ROOT), texts=str(tmp_path / "texts.json")))
     run(tmp_path / "stub.py", "--model", model, "--data", PROBLEMS, "--mode", "code", "--out", tmp_path / "out",
-        "--num_revisions", "1", "--judge_seconds", "5")
+        "--num_revisions", "1", "--judge_seconds", "5", "--max_tokens", "100")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["init_verdicts"] == {"right": 2, "wrong": 3} and summary["revised_verdicts"] == {"right": 5}
     rows = [json.loads(line) for line in (tmp_path / "out" / "d_revision.jsonl").read_text().splitlines()]

@@ -40,7 +40,7 @@ def models(tmp_path_factory):
     return {(kind, seed): make[kind](str(root / f"{kind}{seed}"), seed) for kind in make for seed in (0, 1)}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def trainers(models, ranks):
     return {folder: sft.load_model(folder, ranks, sft.make_mesh(ranks), torch.float32, trainable=False)
             for (kind, seed), folder in models.items() if seed == 0}
