@@ -31,7 +31,7 @@ setup: .venv/.done-$(STACK)
 	touch $@
 
 test: setup
-	$(PY) -m pytest -q --disable-warnings -rs -n 2 --dist loadgroup --durations 15 tests
+	$(PY) -m pytest -q --disable-warnings -rs -n 2 --dist loadfile --no-loadscope-reorder --durations 15 tests
 
 bench: setup
 	for bench in tests/bench_*.py; do echo "== $$bench"; $(PY) $$bench || exit 1; done

@@ -1,8 +1,10 @@
 """What the tests share: tiny models, rows of D_revision made by hand, and a way to run the real scripts."""
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread only waits
@@ -16,13 +18,17 @@ SHARED = REPO.parent / "shared"
 
 
 def pytest_collection_modifyitems(items):
-    """With `-n 2 --dist loadgroup`: a file's tests share a process and its fixtures; all tests of the sandbox share one,
-    for they count the processes of the machine. The longest files first, vLLM's last: it changes transformers' classes."""
+    """The longest files first, for two processes share them; vLLM's last: it changes transformers' classes."""
     order = ["test_scripts", "test_survive", "", "test_vllm"]
-    for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("sandbox" if name.startswith("test_code") else name))
     items.sort(key=lambda item: order.index(item.path.stem if item.path.stem in order else ""))
+
+
+@pytest.fixture(scope="module")
+def only_sandbox():
+    """One file of tests at a time uses the sandbox: the attacks count the processes of the machine."""
+    with open(os.path.join(tempfile.gettempdir(), "sandbox-tests.lock"), "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
 
 
 def run(script, *args, nproc=0, ok=True, seconds=300, env=None):

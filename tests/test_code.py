@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 import verify  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("only_sandbox")
+
 
 def sandbox_works():
     try:

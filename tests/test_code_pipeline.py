@@ -49,6 +49,8 @@ verify.load_tokenizer = load_tokenizer
 srt.main()
 """
 
+pytestmark = pytest.mark.usefixtures("only_sandbox")
+
 
 def run(*command):
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=200, cwd=ROOT)

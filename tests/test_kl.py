@@ -107,7 +107,7 @@ def test_extreme_logits(kind):
     assert torch.allclose(value.double(), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", kl.KINDS)
+@pytest.mark.parametrize("kind", ["reverse", "jsd"])
 def test_compiled(kind):
     """The compiled tile, as CUDA has it, with a last chunk of another size."""
     close(*both(kind, chunk=9, compile=True))
