@@ -5,7 +5,6 @@ import os
 import shutil
 
 import pytest
-import torch
 from conftest import SHARED, make_rows, read, run
 from safetensors.torch import load_file
 

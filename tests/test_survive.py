@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from conftest import REPO, make_rows, read
 
-import distill
 import sft
 import srt
 import verify
