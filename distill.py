@@ -253,7 +253,7 @@ def main():
         print(f"{len(problems)} problems ({sum(dropped.values())} dropped), {type(sampler).__name__}, phrases {family}, "
               f"KL {args.kl}{f' top {args.topk}' if args.topk else ''}, from step {progress['step']}", flush=True)
 
-    caught = verify.catch_signals()
+    saver = sft.Saver(args.out, args.save_every, ranks.device)
 
     def save(path):
         sft.save_model(path, student, tokenizer, family, args.dtype)
@@ -325,12 +325,11 @@ def main():
             fail(f"step {step}: the sampler's log-probabilities differ from the trainer's by {row['sync_gap']:.3f} nats per "
                  f"token (--max_sync_gap {args.max_sync_gap}): its weights are stale, or its numerics differ")
         progress["step"] = step + 1
-        stop = sft.stop_asked(caught, ranks.device, step + 1)
-        if stop or progress["step"] % args.save_every == 0:
-            sft.save_state(args.out, step + 1, sft.training_state(student, optimizer, synchronised), progress)
+        stop = saver.after_step(step + 1, lambda: sft.training_state(student, optimizer, synchronised), progress)
         if stop:
             break
 
+    saver.wait()
     if not stop:
         save(os.path.join(args.out, "final"))
     if ranks.rank == 0 and not stop:

@@ -29,6 +29,7 @@ import re
 import shutil
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -295,35 +296,82 @@ def training_state(model, optimizer, teacher=None):
     return tensors
 
 
-def save_state(out, step, tensors, progress, keep=2):
-    """Writes out/state/step-N beside and renames it when whole; the last `keep` stay. progress: what else to remember."""
-    folder = os.path.join(out, "state")
-    path = os.path.join(folder, f"step-{step:06d}")
-    if dist.get_rank() == 0:
-        for half in glob.glob(os.path.join(folder, "*.tmp")):
-            shutil.rmtree(half)
-        os.makedirs(path + ".tmp")
-    dist.barrier()
-    dcp.save(tensors, checkpoint_id=path + ".tmp")
-    if dist.get_rank() == 0:
-        with open(os.path.join(path + ".tmp", "progress.json"), "w") as f:
-            json.dump(progress, f)
-        replace_folder(path + ".tmp", path)
-        for old in states(out)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+class Saver:
+    """
+    Saves out/state/step-N every `every` steps: each is written beside and renamed when whole, the last `keep` stay. The
+    loop waits only while its tensors are copied to CPU memory; a thread writes the copy, with collectives of its own.
+    Catches SIGTERM and SIGINT from here on: after_step saves once and tells the loop to stop.
+    """
+
+    def __init__(self, out, every, device, keep=2):
+        self.folder, self.every, self.device, self.keep = os.path.join(out, "state"), every, device, keep
+        self.caught = verify.catch_signals()
+        self.group = dist.new_group(backend="gloo")
+        self.thread, self.writing, self.copies = ThreadPoolExecutor(1), None, {}
+
+    def after_step(self, step, tensors, progress):
+        """
+        To be called by all ranks after each step. tensors(): what training_state gives; progress: what else to remember.
+        True if the loop must stop here, its state whole. Raises what broke a write that was under way.
+        """
+        if self.writing and self.writing.done():
+            self.wait()
+        asked = torch.tensor(len(self.caught), device=self.device)
+        dist.all_reduce(asked)  # one rank's signal stops all ranks after the same step
+        if asked or step % self.every == 0:
+            self.save(step, tensors(), progress)
+        if asked:
+            self.wait()
+            if dist.get_rank() == 0:
+                print(f"stopped by a signal after step {step}, which is saved: the same command goes on from there", flush=True)
+        return bool(asked)
+
+    def save(self, step, tensors, progress):
+        self.wait()
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if name in self.copies:
+                    local(self.copies[name]).copy_(local(tensor))
+                else:
+                    self.copies[name] = tensor.to("cpu", copy=True)
+        self.writing = self.thread.submit(self.write, step, json.dumps(progress))
+
+    def write(self, step, progress):
+        path = os.path.join(self.folder, f"step-{step:06d}")
+        if dist.get_rank() == 0:
+            for half in glob.glob(os.path.join(self.folder, "*.tmp")):
+                shutil.rmtree(half)
+            os.makedirs(path + ".tmp")
+        dist.barrier(self.group)
+        dcp.save(self.copies, checkpoint_id=path + ".tmp", process_group=self.group)
+        if dist.get_rank() == 0:
+            with open(os.path.join(path + ".tmp", "progress.json"), "w") as f:
+                f.write(progress)
+            replace_folder(path + ".tmp", path)
+            for old in states(self.folder)[:-self.keep]:
+                shutil.rmtree(old)
+        dist.barrier(self.group)
+
+    def wait(self):
+        """Returns when what was saved is whole."""
+        if self.writing:
+            self.writing.result()
+            self.writing = None
 
 
-def states(out):
-    """Whole states of a run, oldest first."""
-    folder = os.path.join(out, "state")
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def states(folder):
+    """Whole states in out/state, oldest first."""
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     return [os.path.join(folder, name) for name in names if re.fullmatch(r"step-\d+", name)]
 
 
 def last_progress(out):
     """(state folder, its progress) of the newest whole state, or (None, None)."""
-    found = states(out)
+    found = states(os.path.join(out, "state"))
     if not found:
         return None, None
     try:
@@ -337,7 +385,7 @@ BROKEN = "the state {} cannot be read ({}); remove this folder, and the same com
 
 
 def load_state(path, tensors):
-    """Reads a state of save_state into these tensors, by any number of ranks."""
+    """Reads a state of Saver into these tensors, by any number of ranks."""
     try:
         dcp.load(tensors, checkpoint_id=path)
     except CheckpointException as e:
@@ -527,15 +575,6 @@ def finished(args):
     return True
 
 
-def stop_asked(caught, device, step):
-    """True if verify.catch_signals has caught one on any rank: all ranks must stop after the same step."""
-    asked = torch.tensor(len(caught), device=device)
-    dist.all_reduce(asked)
-    if asked and dist.get_rank() == 0:
-        print(f"stopped by a signal after step {step}, which is saved now: the same command goes on from there", flush=True)
-    return bool(asked)
-
-
 def parse_args():
     parser = argparse.ArgumentParser(description="SFT on D_revision (SRT, phase 1b).")
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
@@ -574,7 +613,7 @@ def main():
                        compile=args.compile)
     step_count = progress["step"] if progress else 0
     metrics = Metrics(args.out, step_count)
-    caught = verify.catch_signals()
+    saver = Saver(args.out, args.save_every, ranks.device)
     done_before = 0  # steps of the stages before this one
 
     for stage, (name, examples) in enumerate(stages, 1):
@@ -633,13 +672,11 @@ def main():
                       + (f"  mfu {row['mfu']:.1%}" if row["mfu"] else "") + f"  peak {row['peak_gb']:.2f} GiB", flush=True)
             if not math.isfinite(row["loss"]):
                 fail(f"step {step_count - 1}: the loss is {row['loss']}; the last whole state is in {args.out}/state; lower --lr")
-            stop = stop_asked(caught, ranks.device, step_count)
-            if stop or step_count % args.save_every == 0:
-                save_state(args.out, step_count, training_state(model, optimizer), {"step": step_count})
-            if stop:
+            if saver.after_step(step_count, lambda: training_state(model, optimizer), {"step": step_count}):
                 return dist.destroy_process_group()
         done_before += steps
 
+    saver.wait()
     save_model(os.path.join(args.out, "final"), model, tokenizer, family, args.dtype)
     if ranks.rank == 0:
         verify.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(

@@ -242,12 +242,14 @@ def test_function_problems(judge, source, reason):
 
 
 def host():
-    """What a program could leave behind, besides processes: (files, bytes of available memory) of this machine."""
+    """
+    What a program could leave behind, besides processes: (files, bytes of memory that no process holds) of this machine.
+    A process takes its own memory with it; what can outlive it lies in the kernel or in a file system made of memory.
+    """
     files = {f for d in ("/tmp", "/dev/shm", "/var/tmp", str(ROOT), str(ROOT / "tests"), os.path.expanduser("~"))
              for f in glob.glob(d + "/*") + glob.glob(d + "/.[!.]*")}
-    with open("/proc/meminfo") as f:
-        available = int(re.search(r"MemAvailable:\s+(\d+)", f.read())[1]) * 1024
-    return files, available
+    meminfo = Path("/proc/meminfo").read_text()
+    return files, sum(int(re.search(rf"{name}:\s+(\d+)", meminfo)[1]) * 1024 for name in ("Shmem", "SUnreclaim"))
 
 
 def sandbox_processes():
@@ -342,13 +344,13 @@ def check_attack(run, is_timeout, limit=1.0):
     what other users of this machine take or write meanwhile does not show in all."""
     for last in (False, False, True):
         assert sandbox_processes() == []
-        files, available = host()
+        files, held = host()
         started = time.time()
         assert run() == ("timeout" if is_timeout else "wrong")
-        assert time.time() - started < limit + 1.5
+        assert time.time() - started < limit + 4
         assert sandbox_processes() == []
-        files_after, available_after = host()
-        new, gone = files_after - files, (available - available_after) >> 20
+        files_after, held_after = host()
+        new, gone = files_after - files, (held_after - held) >> 20
         if not new and gone < 300:
             return
         assert not last, f"left behind: the files {new}, {gone} MB of memory"
@@ -393,7 +395,7 @@ def test_compiler_bomb(source, monkeypatch):
     assert sandbox_processes() == []
     started = time.time()
     assert judge_here(source, CPP) in ("wrong", "timeout")
-    assert time.time() - started < 4 and sandbox_processes() == []
+    assert time.time() - started < 6 and sandbox_processes() == []
 
 
 @sandboxed
@@ -455,7 +457,7 @@ def test_a_program_that_is_slow_on_every_test_cannot_hold_a_worker_for_long(monk
     tests = problem(*[("", "3\n")] * 100, seconds=0.5).tests
     started = time.time()
     assert verify.judge_program(PYTHON, "import time\ntime.sleep(0.3)\nprint(3)", tests, 1.0, 1.0, True) == "timeout"
-    assert time.time() - started < 4
+    assert time.time() - started < 8
 
 
 @sandboxed

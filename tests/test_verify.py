@@ -337,11 +337,16 @@ def test_gold_answers_of_several_data_sets(fields, answer):
 
 
 def test_start_up_of_the_pool():
-    started = time.time()
-    with verify.Judge(workers=2) as judge:
-        judge([math("5")], ["\\boxed{5}"])
-        took = time.time() - started
-    assert took < 2 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    """Under 2 s; the best of five, for other tests run meanwhile."""
+    took = []
+    for _ in range(5):
+        started = time.time()
+        with verify.Judge(workers=2) as judge:
+            judge([math("5")], ["\\boxed{5}"])
+            took.append(time.time() - started)
+        if took[-1] < 2:
+            return
+    assert False, took
 
 
 def test_counts_of_the_labelled_set():
