@@ -98,24 +98,52 @@ def test_eval(qwen, problems_file, tmp_path):
     assert not os.path.exists(tmp_path / "d_revision.jsonl")
 
 
-def test_target_and_revise_correct(tmp_path, qwen):
-    """A model that answers some problems: the target cuts in the order of the problems, whatever the number of ranks."""
-    import toy
-    always = toy.make_tokenizer().encode(" \\boxed{3}")
-    texts = [f"{a}+{b}=?" for a in range(2, 6) for b in range(2, 6)]
-    data = tmp_path / "p.jsonl"  # a random model says \boxed{} seldom, so every answer that it might give is made right
-    data.write_text("".join(json.dumps({"id": f"q{i}", "problem": t, "answer": "3"}) + "\n" for i, t in enumerate(texts)))
-    assert always
-    free = tmp_path / "free"
-    run("srt.py", "--model", qwen, "--data", data, "--out", free, *SRT, "--target", 0, "--num_responses", 8)
-    kept = read(free / "d_revision.jsonl")
-    if len(kept) >= 2:
-        cut = tmp_path / "cut"
-        run("srt.py", "--model", qwen, "--data", data, "--out", cut, *SRT, "--target", len(kept) // 2, "--num_responses", 8)
-        assert read(cut / "d_revision.jsonl") == kept[: len(kept) // 2]
-    none = tmp_path / "none"
-    run("srt.py", "--model", qwen, "--data", data, "--out", none, *SRT, "--revise_correct", 0, "--num_responses", 8)
-    assert not [r for r in read(none / "responses.jsonl") if r["y_init_correct"] and r["revision"] is not None]
+@pytest.fixture(scope="module")
+def guesser(qwen, problems_file, tmp_path_factory):
+    """The tiny model, trained to answer at once: \\boxed{3}, \\boxed{4} or \\boxed{5}, as likely as not after P_r too."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    tokenizer, folder = verify.load_tokenizer(qwen), str(tmp_path_factory.mktemp("guesser") / "model")
+    model = AutoModelForCausalLM.from_pretrained(qwen)
+    rows = []
+    for i, row in enumerate(read(problems_file)):
+        x = verify.chat_ids(tokenizer, verify.Problem.of_row(row))
+        first, second = (tokenizer.encode(f" \\boxed{{{3 + n % 3}}}", add_special_tokens=False) + tokenizer.end_ids[:1]
+                         for n in (i, i // 3))
+        before = verify.revision_ids(tokenizer, x, first, i % 2 == 0, "qwen")
+        rows += [(x, first), (before, second)]
+    longest = max(len(x + y) for x, y in rows)
+    ids = torch.tensor([x + y + [0] * (longest - len(x + y)) for x, y in rows])
+    labels = torch.tensor([[-100] * len(x) + y + [-100] * (longest - len(x + y)) for x, y in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_target_and_revise_correct(tmp_path, guesser):
+    """The target cuts in the order of the problems, whatever the number of ranks; --revise_correct 0 leaves right ones."""
+    data = tmp_path / "p.jsonl"
+    data.write_text("".join(json.dumps({"id": f"q{i}", "problem": f"{i % 11}+{i // 11}=?", "answer": "3"}) + "\n" for i in range(24)))
+
+    def collect(out, *more, **how):
+        run("srt.py", "--model", guesser, "--data", data, "--out", tmp_path / out, *SRT, "--num_responses", 2, *more, **how)
+        return read(tmp_path / out / "responses.jsonl"), read(tmp_path / out / "d_revision.jsonl")
+
+    rows, kept = collect("free", "--target", 0)
+    right = [row for row in rows if row["y_init_correct"] and row["revision"] is None]
+    assert 4 <= len(right) <= 40 and 12 <= len(kept) and all(row["y_revised_correct"] for row in kept)
+    assert {row["y_init_correct"] for row in kept} == {True, False}
+    fewer, cut = collect("cut", "--target", 10, nproc=2)
+    assert len(cut) == 10 and cut == [row for row in fewer if row["y_revised_correct"]][:10]
+    assert [(row["id"], row["sample"], row["revision"]) for row in cut] == sorted(
+        ((row["id"], row["sample"], row["revision"]) for row in cut), key=lambda key: (int(key[0][1:]), *key[1:]))
+    rows, _ = collect("wrong only", "--target", 0, "--revise_correct", 0)
+    assert {row["y_init_correct"] for row in rows if row["revision"] is not None} == {False}
 
 
 # -------------------------------------------------------------------------------------------------------- sft.py
