@@ -211,8 +211,7 @@ def main():
     args = parse_args()
     ranks = verify.launch()
     tokenizer = verify.load_tokenizer(args.model)
-    if verify.load_tokenizer(args.teacher).get_vocab() != tokenizer.get_vocab():
-        fail(f"--teacher {args.teacher} and --model {args.model} have different tokenizers: the KL needs one vocabulary")
+    verify.same_vocabulary(args.model, tokenizer, args.teacher, verify.load_tokenizer(args.teacher))
     family = verify.phrase_family(args.teacher, args.phrases)
     judge = verify.Judge(limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox)
     problems, dropped = verify.load_problems(args.data, judge, args.mode, args.range_)

@@ -215,24 +215,26 @@ def main():
     parser.add_argument("--responses", required=True, help="responses.jsonl of srt.py; its y_init are scored")
     parser.add_argument("--out", required=True, help="folder for heatmap.html, buckets.png and summary.json")
     parser.add_argument("--kl", choices=KINDS, default="reverse")
-    parser.add_argument("--max_responses", type=int, default=200)
+    parser.add_argument("--max_responses", type=verify.natural, default=200)
     parser.add_argument("--phrases", choices=sorted(verify.PHRASES), default=None, help="default: what --teacher records")
     args = parser.parse_args()
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    verify.load_tokenizer(args.student)  # says in one line what is wrong with the folder, if anything is
+    device = verify.launch().device
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = verify.load_tokenizer(args.teacher)
+    verify.same_vocabulary(args.student, verify.load_tokenizer(args.student), args.teacher, tokenizer)
     family = verify.phrase_family(args.teacher, args.phrases)
-    student, teacher = (AutoModelForCausalLM.from_pretrained(m, dtype=dtype).to(device).eval()
-                        for m in (args.student, args.teacher))
     rows = {}
     for line, row in verify.read_jsonl(args.responses):
-        verify.need(row, args.responses, line, problem=str, y_init_tokens=list, y_init_correct=bool)
+        verify.need(row, args.responses, line, id=str, sample=int, problem=str, y_init_tokens=list, y_init_correct=bool)
+        if max(row["y_init_tokens"], default=0) >= len(tokenizer):
+            verify.fail(f"{args.responses}:{line}: a token id over the {len(tokenizer)} of --teacher; these are another model's")
         rows.setdefault((row["id"], row["sample"]), row)
     rows = [row for row in rows.values() if row["y_init_tokens"]][: args.max_responses]
     if not rows:
         verify.fail(f"--responses {args.responses} holds no responses; srt.py writes such a file")
+    student, teacher = (AutoModelForCausalLM.from_pretrained(m, dtype=dtype).to(device).eval()
+                        for m in (args.student, args.teacher))
 
     curves, cells = {True: [], False: []}, []
     for row in tqdm(rows, desc="score", unit="response"):
@@ -264,6 +266,7 @@ def main():
     draw_buckets(mean, summary, os.path.join(args.out, "buckets.png"))
     print(f"{len(rows)} responses; share of the KL on the first 5 % of tokens: " + ", ".join(
         f"{name} {curve[0]:.2f}" for name, curve in mean.items() if curve) + f"; see {args.out}/heatmap.html, buckets.png")
+    torch.distributed.destroy_process_group()
 
 
 HEAT_PAGE = """<!doctype html><meta charset="utf-8"><title>Where the reviser disagrees</title>

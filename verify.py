@@ -377,6 +377,12 @@ def load_tokenizer(model):
     return tokenizer
 
 
+def same_vocabulary(student, student_tokenizer, teacher, teacher_tokenizer):
+    """Ends the program if the tokenizers of these two models differ."""
+    if student_tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
+        fail(f"--teacher {teacher} and student {student} have different tokenizers: the KL needs one vocabulary")
+
+
 def chat_ids(tokenizer, problem):
     """x: the ids of one user message (problem and instruction) with the generation prompt; a list."""
     message = {"role": "user", "content": problem.problem + "\n\n" + INSTRUCTION[problem.mode]}

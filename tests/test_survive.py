@@ -461,9 +461,15 @@ distill.py  --sync_every -1                         not at least 0
 distill.py  --max_sync_gap 0                        above 0
 distill.py  --engine vllm                           vLLM is not installed
 distill.py  --steps                                 expected one argument
+kl.py       --student {missing}                     no config.json
 kl.py       --teacher {empty}                       no config.json
+kl.py       --teacher {other_words}                 one vocabulary
+kl.py       --teacher {no_weights}                  no_weights
+kl.py       --responses {nothing.jsonl}             holds no responses
+kl.py       --responses {other_ids.jsonl}           other_ids.jsonl:1: a token id
+kl.py       --max_responses 0                       not at least 1
 kl.py       --responses {missing.jsonl}             missing.jsonl is not there
-kl.py       --responses {good.jsonl}                field 'y_init_tokens'
+kl.py       --responses {good.jsonl}                field 'sample'
 kl.py       --kl cosine                             invalid choice
 verify.py   --data {missing.jsonl}                  missing.jsonl is not there
 verify.py   --data {nothing.jsonl}                  empty
