@@ -310,13 +310,13 @@ def main():
                 "truncated": counts[3].item() / args.batch, "sync_gap": sums[1].item() / tokens, "grad_norm": norm, "lr": lr,
                 "tokens": tokens, "seconds": seconds, **{f"seconds_{k}": v for k, v in clock.seconds.items()},
                 "tokens_per_s": tokens / seconds, "mfu": sft.mfu(flops.item(), training, ranks.world),
-                "peak_gb": sft.peak_gb()}  # what vLLM gives back while it sleeps is counted too
+                **sft.memory()}  # what vLLM gives back while it sleeps is counted too
         metrics.write(row)
         if ranks.rank == 0:
             print(f"step {step + 1}/{args.steps}  KL {row['loss']:.4f}  reward {row['reward']:.3f}  length "
                   f"{row['response_len']:.1f}  gap {row['sync_gap']:.4f}  |g| {norm:.3f}  lr {lr:.1e}  {seconds:.1f} s ("
                   + " ".join(f"{k} {v:.1f}" for k, v in clock.seconds.items()) + f")  {row['tokens_per_s']:.0f} tok/s"
-                  + (f"  mfu {row['mfu']:.1%}" if row["mfu"] else "") + f"  peak {row['peak_gb']:.2f} GiB"
+                  + (f"  mfu {row['mfu']:.1%}" if row["mfu"] else "") + f"  peak {row['peak_gb']:.2f} GiB, held {row['held_gb']:.2f}"
                   + (f"  val {row['val_accuracy']:.3f}" if "val_accuracy" in row else ""), flush=True)
         if not math.isfinite(row["loss"]):
             fail(f"step {step}: the loss is {row['loss']}; the last whole state is in {args.out}/state; lower --lr")

@@ -26,6 +26,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import time
 from collections import Counter
@@ -241,14 +242,16 @@ def mfu(flops, seconds, world):
     return flops / seconds / world / peak if peak else None
 
 
-def peak_gb():
-    """Peak memory of this process since the last call, in GiB: the GPU's, or on a CPU the resident set's."""
+def memory():
+    """Of this process, in GiB: peak_gb since the last call and held_gb now; on a CPU the resident set, peak since the start."""
     if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 2**30
+        peak, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        return peak
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        with open("/proc/self/statm") as f:
+            held = int(f.read().split()[1]) * resource.getpagesize()
+    return {"peak_gb": peak / 2**30, "held_gb": held / 2**30}
 
 
 # --------------------------------------------------------------------------------------------------- checkpoints
@@ -664,12 +667,12 @@ def main():
             flops = 3 * forward_flops(model.config, lengths, normaliser)
             row = {"step": step_count - 1, "stage": stage, "objective": name, "loss": total.item(), "grad_norm": norm,
                    "lr": lr, "tokens": sum(lengths), "loss_tokens": normaliser, "seconds": seconds,
-                   "tokens_per_s": sum(lengths) / seconds, "mfu": mfu(flops, seconds, ranks.world), "peak_gb": peak_gb()}
+                   "tokens_per_s": sum(lengths) / seconds, "mfu": mfu(flops, seconds, ranks.world), **memory()}
             metrics.write(row)
             if ranks.rank == 0:
                 print(f"stage {stage} step {step + 1}/{steps}  loss {row['loss']:.4f}  |g| {norm:.3f}  lr {lr:.2e}  "
                       f"{seconds:.2f} s  {row['tokens_per_s']:.0f} tok/s"
-                      + (f"  mfu {row['mfu']:.1%}" if row["mfu"] else "") + f"  peak {row['peak_gb']:.2f} GiB", flush=True)
+                      + (f"  mfu {row['mfu']:.1%}" if row["mfu"] else "") + f"  peak {row['peak_gb']:.2f} GiB, held {row['held_gb']:.2f}", flush=True)
             if not math.isfinite(row["loss"]):
                 fail(f"step {step_count - 1}: the loss is {row['loss']}; the last whole state is in {args.out}/state; lower --lr")
             if saver.after_step(step_count, lambda: training_state(model, optimizer), {"step": step_count}):

@@ -21,7 +21,8 @@ What was tried (one H200, torch 2.11, transformers 5.17, vLLM 0.26, trl 1.16), a
   flat_logprobs in vLLM: generate 5.1 s as before; kept for the shorter code.
   srt.py's stream against a bare LLM.generate, 128 x 512 tokens: 16.1k and 17.6k tok/s against 15.2k and 16.8k.
   two ranks, sft with checkpointing: 14.5k tok/s each against 14.8k of one rank: 1.95 x.
-  a state (weights and AdamW, fp32) at the 0.6B shape, 6.7 GiB: saved in 15.6 s, loaded in 6.0 s, all to a slow disk.
+  a state (weights and AdamW, fp32) at the 0.6B shape, 6.7 GiB: saved in 15.6 s, loaded in 6.0 s, all to a slow disk. Since
+    then a thread writes it: on a CPU, 1.0 GiB, the loop waits 0.6 s (later 0.2 s) of 4.0 s. The GPU's numbers are to come.
 """
 import argparse
 import importlib.util
@@ -80,12 +81,12 @@ def measure(step, batches, warm_up=2):
     for batch in batches[:warm_up]:
         step(batch)
     sync()
-    sft.peak_gb()
+    sft.memory()
     start = time.perf_counter()
     for batch in batches:
         step(batch)
     sync()
-    return (time.perf_counter() - start) / len(batches), sft.peak_gb()
+    return (time.perf_counter() - start) / len(batches), sft.memory()["peak_gb"]
 
 
 def draw_lengths(number, longest, seed):
@@ -240,7 +241,7 @@ def trl_child(model):
         def on_step_end(self, args, state, control, **_):
             torch.cuda.synchronize()
             seconds = time.perf_counter() - clock["start"]
-            report_step(state.global_step - 1, clock["generate"], seconds - clock["generate"], seconds, sft.peak_gb())
+            report_step(state.global_step - 1, clock["generate"], seconds - clock["generate"], seconds, sft.memory()["peak_gb"])
 
     config = SDFTConfig(
         output_dir=tempfile.mkdtemp(), max_steps=len(STEPS), per_device_train_batch_size=2, gradient_accumulation_steps=ROWS // 2,

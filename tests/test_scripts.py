@@ -192,7 +192,7 @@ def test_other_objectives(objective, qwen, d_revision, tmp_path):
 # ---------------------------------------------------------------------------------------------------- distill.py
 
 METRICS = {"step", "loss", "reward", "response_len", "truncated", "sync_gap", "grad_norm", "lr", "tokens", "seconds_generate",
-           "seconds_judge", "seconds_teacher", "seconds_student", "seconds_sync", "tokens_per_s", "mfu", "peak_gb"}
+           "seconds_judge", "seconds_teacher", "seconds_student", "seconds_sync", "tokens_per_s", "mfu", "peak_gb", "held_gb"}
 
 
 def test_distill(qwen, problems_file, tmp_path):
