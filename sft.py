@@ -673,8 +673,6 @@ def main():
                 print(f"stage {stage} step {step + 1}/{steps}  loss {row['loss']:.4f}  |g| {norm:.3f}  lr {lr:.2e}  "
                       f"{seconds:.2f} s  {row['tokens_per_s']:.0f} tok/s"
                       + (f"  mfu {row['mfu']:.1%}" if row["mfu"] else "") + f"  peak {row['peak_gb']:.2f} GiB, held {row['held_gb']:.2f}", flush=True)
-            if not math.isfinite(row["loss"]):
-                fail(f"step {step_count - 1}: the loss is {row['loss']}; the last whole state is in {args.out}/state; lower --lr")
             if saver.after_step(step_count, lambda: training_state(model, optimizer), {"step": step_count}):
                 return dist.destroy_process_group()
         done_before += steps
