@@ -59,7 +59,7 @@ def make_row(tokenizer, family, x, sample, correct, max_teacher_len):
 def micro_batches(rows, side, budget, device):
     """
     Packs `before + y` of all rows, before = row.x or row.seen. Yields (numbers of the rows, Batch, positions that predict
-    their y). Every rank yields equally often; an empty share is a dummy that selects one position of no row.
+    their y). Every rank yields equally often; an empty share is a dummy of two tokens, of which one is selected and has weight 0.
     """
     full = [getattr(row, side) + row.y for row in rows]
     for members in sft.same_number(sft.pack(list(map(len, full)), budget), device):
@@ -108,10 +108,9 @@ def student_pass(student, rows, states, teacher_head, tokens, args, ranks):
 
 def sample_and_judge(sampler, judge, tokenizer, problems, prompts, seeds, args):
     """One y per problem, and its verdict; judging goes on while others are still being sampled."""
-    requests = iter([srt.Request(i, ids, seed) for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))])
     samples, verdicts = [None] * len(prompts), [None] * len(prompts)
-    for sample in sampler.stream(lambda: next(requests, None), max_tokens=args.max_tokens,
-                                 temperature=args.temperature, top_p=args.top_p):
+    for sample in sampler.stream(srt.hand_out(prompts, seeds), max_tokens=args.max_tokens, temperature=args.temperature,
+                                 top_p=args.top_p):
         i = sample.request.key
         samples[i] = sample
         verdicts[i] = judge.submit(problems[i], tokenizer.decode(sample.ids, skip_special_tokens=True))
@@ -156,11 +155,13 @@ class Clock:
 
 def step_problems(step, batch, total, seed):
     """Numbers of the problems of a step: epochs of fresh permutations, one after another."""
-    numbers = []
+    numbers, orders = [], {}
     for at in range(step * batch, (step + 1) * batch):
-        order = list(range(total))
-        random.Random(f"{seed}/{at // total}").shuffle(order)
-        numbers.append(order[at % total])
+        epoch, place = divmod(at, total)
+        if epoch not in orders:
+            orders[epoch] = list(range(total))
+            random.Random(f"{seed}/{epoch}").shuffle(orders[epoch])
+        numbers.append(orders[epoch][place])
     return numbers
 
 
@@ -184,7 +185,8 @@ def parse_args():
     parser.add_argument("--sync_every", type=within(int, 0), default=0, help="set the teacher to the student so often; 0: frozen")
     # sampling
     parser.add_argument("--max_tokens", type=natural, default=8192, help="per response")
-    parser.add_argument("--max_teacher_len", type=natural, default=32768, help="of x, y, P_r, y; both y are cut to fit")
+    parser.add_argument("--max_teacher_len", type=natural, default=32768, help="of x, y, P_r, y, at most what the teacher takes; both y "
+                        "are cut to fit")
     parser.add_argument("--temperature", type=positive, default=1.0)
     parser.add_argument("--top_p", type=share, default=1.0)
     parser.add_argument("--engine", type=srt.engine_name, choices=("vllm", "hf"), help="default: vllm where it is installed")
@@ -221,6 +223,7 @@ def main():
         fail(f"--batch {args.batch}: --data gives {len(problems)} problems, and a step takes different ones; lower it")
     longest = srt.check_lengths(args.model, prompts + val_prompts, args.max_tokens)
     srt.check_lengths(args.teacher, prompts, args.max_tokens)
+    max_teacher_len = min(args.max_teacher_len, verify.context_length(args.teacher))
     verify.open_out(args, ranks, FREE)
     if sft.finished(args):
         judge.close()
@@ -238,12 +241,11 @@ def main():
     if student.config.vocab_size != teacher.config.vocab_size:
         fail(f"--teacher {args.teacher} has {teacher.config.vocab_size} vocabulary entries, --model {args.model} has "
              f"{student.config.vocab_size}: the KL needs one vocabulary")
-    teacher_head = teacher.get_output_embeddings().weight.full_tensor()  # [V, H]
     optimizer = sft.make_optimizer(student, args.weight_decay, betas=(0.9, 0.999))
     synchronised = teacher if args.sync_every else None
     if state:
         sft.load_state(state, sft.training_state(student, optimizer, synchronised))
-        teacher_head = teacher.get_output_embeddings().weight.full_tensor()
+    teacher_head = teacher.get_output_embeddings().weight.full_tensor()  # [V, H]
     metrics = sft.Metrics(args.out, progress["step"])
     sampler = srt.make_sampler(args.engine, args.model, tokenizer, longest + args.max_tokens, ranks.device, args.dtype,
                                args.vllm_memory)
@@ -279,7 +281,7 @@ def main():
         correct = [verdict.result().correct for verdict in verdicts]
         clock.lap("judge")
 
-        rows = [make_row(tokenizer, family, prompts[i], sample, ok, args.max_teacher_len)
+        rows = [make_row(tokenizer, family, prompts[i], sample, ok, max_teacher_len)
                 for (_, i), sample, ok in zip(mine, samples, correct)]
         rows = [r for r in rows if r.y]  # one without room for y has no weight
         counts = torch.tensor([sum(len(r.y) for r in rows), sum(correct), sum(len(s.ids) for s in samples),
@@ -287,7 +289,7 @@ def main():
         dist.all_reduce(counts)
         tokens = int(counts[0])  # of the global batch, counted after sampling
         if not tokens:
-            fail(f"step {step}: no prompt leaves room for a response in --max_teacher_len {args.max_teacher_len}")
+            fail(f"step {step}: no prompt leaves room for a response in --max_teacher_len {max_teacher_len}")
         states = teacher_states(teacher, rows, args.micro_tokens, ranks.device)
         clock.lap("teacher")
         sums = torch.stack(student_pass(student, rows, states, teacher_head, tokens, args, ranks))

@@ -11,9 +11,8 @@ several such tensors for the student and the teacher. Here the loss *and its gra
     3. dh = (dKL/ds) W_student,  dW += (dKL/ds)^T h_student     in fp32          [n, H], [V, H]
 
 so the cost is four matrix products per token and the memory is that of dW, one tile of logits and one chunk of dKL/ds,
-which is held in the type of h_student. The backward pass of
-autograd only multiplies the stored gradients by the incoming scalar. dW is accumulated in fp32 over the chunks:
-rounding it to bf16 after each of them would bias training.
+which is held in the type of h_student. The backward pass of autograd only multiplies the stored gradients by the incoming
+scalar. dW is accumulated in fp32 over the chunks: rounding it to bf16 after each of them would bias training.
 
 Departures from the official code: the KL is exact over the vocabulary, not renormalised over the teacher's top 64
 (that approximation is `topk=64`, to compare with), and the default is the paper's reverse KL, not a mixture.
@@ -138,7 +137,7 @@ class HeadLoss(torch.autograd.Function):
 
 
 def head_loss(hidden, weight, token_weight, chunk, compile, tile):
-    """HeadLoss with its sizes chosen: about 80 M logits a tile, half as many where each step of `tile` makes a copy."""
+    """HeadLoss with its sizes chosen: about 80 M logits a tile, half as many in eager mode, which keeps several copies of a tile."""
     block = max(1, 80_000_000 // weight.shape[0])
     block = max(block // 256 * 256, min(block, 256))  # matrix products like multiples of 256
     chunk = chunk or 4 * block
@@ -233,7 +232,7 @@ def main():
     rows = [row for row in rows.values() if row["y_init_tokens"]][: args.max_responses]
     if not rows:
         verify.fail(f"--responses {args.responses} holds no responses; srt.py writes such a file")
-    student, teacher = (AutoModelForCausalLM.from_pretrained(m, dtype=dtype).to(device).eval()
+    student, teacher = (AutoModelForCausalLM.from_pretrained(m, dtype=dtype).to(device).eval().requires_grad_(False)
                         for m in (args.student, args.teacher))
 
     curves, cells = {True: [], False: []}, []

@@ -189,7 +189,7 @@ def full_tensors(model, dtype):
     """(name, whole tensor in `dtype`) of every weight, one at a time; every rank must walk through them together."""
     for name, p in model.named_parameters():
         p = p.detach().to(dtype)
-        yield name, p.full_tensor() if isinstance(p, DTensor) else p
+        yield name, p.full_tensor() if isinstance(p, DTensor) else p  # a forward pass without backward leaves some whole
 
 
 def make_optimizer(model, weight_decay, betas):
@@ -310,17 +310,20 @@ class Saver:
         self.folder, self.every, self.device, self.keep = os.path.join(out, "state"), every, device, keep
         self.caught = verify.catch_signals()
         self.group = dist.new_group(backend="gloo")
-        self.thread, self.writing, self.copies = ThreadPoolExecutor(1), None, {}
+        on_device = dict(initializer=torch.cuda.set_device, initargs=(device,)) if device.type == "cuda" else {}
+        self.thread, self.writing, self.copies = ThreadPoolExecutor(1, **on_device), None, {}
 
     def after_step(self, step, tensors, progress):
         """
         To be called by all ranks after each step. tensors(): what training_state gives; progress: what else to remember.
-        True if the loop must stop here, its state whole. Raises what broke a write that was under way.
+        True if the loop must stop here, its state whole. Raises what broke the last write, on every rank.
         """
-        if self.writing and self.writing.done():
+        broken = bool(self.writing and self.writing.done() and self.writing.exception())
+        flags = torch.tensor([len(self.caught), broken], device=self.device)
+        dist.all_reduce(flags)  # one rank's signal, or broken write, stops all ranks after the same step
+        asked, broken = flags.tolist()
+        if broken:
             self.wait()
-        asked = torch.tensor(len(self.caught), device=self.device)
-        dist.all_reduce(asked)  # one rank's signal stops all ranks after the same step
         if asked or step % self.every == 0:
             self.save(step, tensors(), progress)
         if asked:
@@ -341,19 +344,34 @@ class Saver:
 
     def write(self, step, progress):
         path = os.path.join(self.folder, f"step-{step:06d}")
-        if dist.get_rank() == 0:
-            for half in glob.glob(os.path.join(self.folder, "*.tmp")):
+
+        def begin():
+            for half in glob.glob(os.path.join(glob.escape(self.folder), "*.tmp")):
                 shutil.rmtree(half)
             os.makedirs(path + ".tmp")
-        dist.barrier(self.group)
-        dcp.save(self.copies, checkpoint_id=path + ".tmp", process_group=self.group)
-        if dist.get_rank() == 0:
+
+        def end():
             with open(os.path.join(path + ".tmp", "progress.json"), "w") as f:
                 f.write(progress)
             replace_folder(path + ".tmp", path)
             for old in states(self.folder)[:-self.keep]:
                 shutil.rmtree(old)
-        dist.barrier(self.group)
+
+        self.on_rank_0(begin)
+        dcp.save(self.copies, checkpoint_id=path + ".tmp", process_group=self.group)
+        self.on_rank_0(end)
+
+    def on_rank_0(self, work):
+        """What it raises there is raised on every rank: none waits for one that has given up."""
+        error = [None]
+        if dist.get_rank() == 0:
+            try:
+                work()
+            except Exception as e:
+                error = [e]
+        dist.broadcast_object_list(error, src=0, group=self.group)
+        if error[0]:
+            raise error[0]
 
     def wait(self):
         """Returns when what was saved is whole."""
@@ -519,6 +537,7 @@ def read_examples(path, objective, stage2_size, tokenizer, family, max_len, seed
         right = [row for row in rows if row["y_init_correct"]][:stage2_size]
         filler = max(0, stage2_size - len(right))
         counts["stage 2: right y_init"], counts["stage 2: wrong y_init"] = len(right), len(wrong[:filler])
+        counts["not used: right y_init over --stage2_size"] = sum(row["y_init_correct"] for row in rows) - len(right)
         stages = [("generation", wrong[filler:]), ("revision", right + wrong[:filler])]
     else:
         stages = [(objective, rows)]
@@ -545,7 +564,7 @@ def add_training_flags(parser):
     """The flags that sft.py and distill.py share."""
     parser.add_argument("--micro_tokens", type=natural, default=16384, help="tokens of a packed micro-batch on one rank")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of compute; default: bfloat16 on cuda, float32 on cpu")
-    parser.add_argument("--attn", default="packed", help="packed (torch's varlen_attn) or flash_attention_2")
+    parser.add_argument("--attn", choices=("packed", "flash_attention_2"), default="packed", help="packed: torch's varlen_attn")
     parser.add_argument("--checkpointing", type=int, choices=(0, 1), help="recompute activations; default: 1 on cuda")
     parser.add_argument("--compile", type=int, choices=(0, 1), help="torch.compile each block; default: 1 on cuda")
     parser.add_argument("--phrases", choices=sorted(verify.PHRASES), help="P_r family; default: what the model records")
@@ -556,6 +575,8 @@ def add_training_flags(parser):
 def resolve_defaults(args, device):
     """Fills in the defaults that depend on the device, and says so."""
     cuda = device.type == "cuda"
+    if cuda and args.dtype == "float32":
+        fail("--dtype float32: the attention of packed rows takes bfloat16 on a GPU")
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
     args.checkpointing = cuda if args.checkpointing is None else bool(args.checkpointing)
     args.compile = cuda if args.compile is None else bool(args.compile)
@@ -587,7 +608,7 @@ def parse_args():
     parser.add_argument("--stage2_size", type=natural, default=2000, help="tuples of stage 2, right y_init first")
     parser.add_argument("--epochs", type=natural, default=3)
     parser.add_argument("--batch", type=natural, default=4, help="sequences of a step, over all ranks")
-    parser.add_argument("--max_len", type=natural, default=32768, help="longer rows are dropped")
+    parser.add_argument("--max_len", type=natural, default=32768, help="rows longer than this or than the model takes are dropped")
     parser.add_argument("--lr", type=positive, default=5e-6)
     parser.add_argument("--stage2_lr", type=positive, help="default: --lr")
     parser.add_argument("--weight_decay", type=within(float, 0), default=1e-4)
@@ -603,8 +624,9 @@ def main():
     ranks = verify.launch()
     tokenizer = verify.load_tokenizer(args.model)
     family = verify.phrase_family(args.model, args.phrases)
-    stages, counts = read_examples(args.data, args.objective, args.stage2_size, tokenizer, family, args.max_len,
-                                   args.seed, args.no_clean)
+    max_len = min(args.max_len, verify.context_length(args.model))
+    stages, counts = read_examples(args.data, args.objective, args.stage2_size, tokenizer, family, max_len, args.seed,
+                                   args.no_clean)
     if ranks.rank == 0:
         print(f"phrases {family}; " + ", ".join(f"{name} {n}" for name, n in counts.items() if n), flush=True)
     verify.open_out(args, ranks, FREE)

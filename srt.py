@@ -58,11 +58,15 @@ class Sample(NamedTuple):
     truncated: bool  # ended by max_tokens or the model's length, not by an end-of-turn
 
 
+def hand_out(prompts, seeds):
+    """A `pull` for these prompts; their numbers are the keys."""
+    requests = iter([Request(i, ids, seed) for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))])
+    return lambda: next(requests, None)
+
+
 class Sampler:
     def generate(self, prompts, seeds, **how):
-        requests = iter([Request(i, ids, seed) for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))])
-        samples = list(self.stream(lambda: next(requests, None), **how))
-        return sorted(samples, key=lambda sample: sample.request.key)
+        return sorted(self.stream(hand_out(prompts, seeds), **how), key=lambda sample: sample.request.key)
 
     def sleep(self):
         """Gives back the GPU's memory until the next `load`, where the engine can."""
@@ -80,7 +84,7 @@ class HFSampler(Sampler):
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
         self.end_ids = torch.tensor(tokenizer.end_ids, device=device)
         self.device, self.batch = device, batch
-        self.max_len = min(max_len, self.model.config.max_position_embeddings)
+        self.max_len = min(max_len, verify.context_length(model))
 
     def stream(self, pull, max_tokens, temperature=1.0, top_p=1.0):
         while batch := [r for r in (pull() for _ in range(self.batch)) if r is not None]:
@@ -160,11 +164,10 @@ class VLLMSampler(Sampler):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         from vllm import LLM
-        from transformers import AutoConfig
-        self.max_len = min(max_len, AutoConfig.from_pretrained(model).max_position_embeddings)
-        self.in_flight, self.on_cpu, self.asleep = 2 * max_seqs, device.type == "cpu", False
+        self.max_len = min(max_len, verify.context_length(model))
+        self.max_seqs, self.on_cpu, self.asleep = max_seqs, device.type == "cpu", False
         self.end_ids = tokenizer.end_ids
-        # on a CPU a prompt in two parts and a seed of its own do not go together (vLLM 0.32), and nothing can sleep
+        # on a CPU chunked prefill and a request's own seed do not go together (vLLM 0.32), and nothing can sleep
         whole_prompts = dict(enable_chunked_prefill=False, max_num_batched_tokens=max(8192, self.max_len))
         self.llm = LLM(model, tensor_parallel_size=1, max_model_len=self.max_len, max_num_seqs=max_seqs, seed=0,
                        dtype=str(dtype).removeprefix("torch."), gpu_memory_utilization=memory,
@@ -177,7 +180,9 @@ class VLLMSampler(Sampler):
         from vllm.sampling_params import RequestOutputKind
         engine, flying, counter = self.llm.llm_engine, {}, 0
         while True:
-            while len(flying) < self.in_flight and (request := pull()) is not None:
+            for _ in range(16):  # a few in each step: ranks that share the prompts fill up side by side
+                if len(flying) >= self.max_seqs or (request := pull()) is None:
+                    break
                 params = SamplingParams(max_tokens=self.room(request.ids, max_tokens), temperature=temperature, top_p=top_p,
                                         seed=request.seed, stop_token_ids=self.end_ids, logprobs=0, flat_logprobs=True,
                                         detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
@@ -231,8 +236,7 @@ def engine_name(text):
 
 def check_lengths(model, prompts, max_tokens):
     """Ends the program where the model cannot take a prompt, or never --max_tokens. Returns the longest prompt's length."""
-    from transformers import AutoConfig
-    limit, longest = AutoConfig.from_pretrained(model).max_position_embeddings, max(map(len, prompts))
+    limit, longest = verify.context_length(model), max(map(len, prompts))
     if max_tokens > limit:
         fail(f"--max_tokens {max_tokens}: --model {model} takes {limit} tokens, prompt and response together; lower it")
     if longest >= limit:
@@ -249,7 +253,7 @@ def request_seed(*parts):
 
 
 def row_files(out):
-    return sorted(glob.glob(os.path.join(out, "responses*.jsonl")))
+    return sorted(glob.glob(os.path.join(glob.escape(out), "responses*.jsonl")))
 
 
 def row_key(row):
@@ -318,7 +322,7 @@ def summarise(rows, d_revision, num_responses):
         "kept": len(d_revision), "kept_after_right_init": sum(r["y_init_correct"] for r in d_revision),
         "kept_after_wrong_init": sum(not r["y_init_correct"] for r in d_revision),
         "dropped": {"y_revised " + why: n for why, n in Counter(r["y_revised_verdict"] for r in revised).items()
-                    if why != "right"} | {"over the target": sum(r["y_revised_correct"] for r in revised) - len(d_revision),
+                    if why != "right"} | {"over the target": sum(r["y_revised_correct"] for r in revised) - len(d_revision) if d_revision else 0,
                                           "no room to revise": sum(r["no_room"] for r in inits)},
     }
 
@@ -379,6 +383,8 @@ def main():
     rounds = 2 if args.num_revisions else 1
     sampler = make_sampler(args.engine, args.model, tokenizer, longest + rounds * args.max_tokens + 64, ranks.device, dtype,
                            args.vllm_memory)
+    if isinstance(sampler, HFSampler):  # a batch of it takes no new requests: no rank's first may take more than its share
+        sampler.batch = min(sampler.batch, math.ceil(len(problems) * args.num_responses / ranks.world))
     if ranks.rank == 0:
         print(f"{len(problems)} problems ({sum(dropped.values())} dropped), {ranks.world} rank(s) on {ranks.device.type}, "
               f"{type(sampler).__name__} {dtype}, phrases {family}", flush=True)
@@ -422,6 +428,7 @@ def main():
                 ranks.store.add("kept", 1)
 
     def pull():
+        record_judged(wait=False)
         while not queue:
             if not take_problem():
                 return None

@@ -17,6 +17,7 @@ import ast
 import contextlib
 import functools
 import glob
+import itertools
 import json
 import math
 import os
@@ -258,15 +259,15 @@ def load_rows(data):
                 rows = json.load(f)
         elif kind == "parquet file":
             import pyarrow.parquet
-            rows = pyarrow.parquet.read_table(data).to_pylist()
+            rows = (row for part in pyarrow.parquet.ParquetFile(data).iter_batches(1024) for row in part.to_pylist())
         else:
             import datasets
             name, _, split_ = data.partition("@")
             name, _, config = name.partition(":")
-            rows = list(datasets.load_dataset(name, config or None, split=split_ or "train"))
+            rows = datasets.load_dataset(name, config or None, split=split_ or "train")  # stays on disk; rows come one by one
     except (OSError, ValueError) as e:
         fail(f"--data {data}: not a {kind}: {str(e).splitlines()[0]}")
-    if not isinstance(rows, list):
+    if kind == "JSON file" and not isinstance(rows, list):
         fail(f"{data}: a list of rows is wanted, found {type(rows).__name__}")
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
@@ -279,25 +280,30 @@ def load_problems(data, judge, mode="math", range_=None, max_problems=None):
     Problems of a file or hub name, in order, and a Counter of why others were dropped (`--data` of every phase).
 
     judge: parses each gold answer once; one that cannot be parsed drops its problem. range_: "A:B", a slice of the
-    rows as they stand in the file, so that phases given disjoint ranges see disjoint questions. max_problems: at most
-    so many of the kept. Ends the program if nothing is left, on duplicate ids, and on rows without a problem.
+    rows as they stand in the file, so that phases given disjoint ranges see disjoint questions: a row that repeats the
+    problem of an earlier one, in the range or before it, is dropped. max_problems: at most so many of the kept. Ends the
+    program if nothing is left, if two problems have one id, and on rows without a problem.
     """
     if mode == "code" and judge.sandbox:
         check_sandbox()
-    rows = list(load_rows(data))
-    start, stop = parse_range(range_, len(rows))
-    problems, dropped, seen = [], Counter(), {}
+    start, stop = parse_range(range_)
+    problems, dropped, seen, i = [], Counter(), {}, -1
     stem = os.path.basename(data).split(".")[0]
-    for i, (where, row) in list(enumerate(rows))[start:stop]:
+    for i, (where, row) in enumerate(itertools.islice(load_rows(data), stop)):
         name, text = next(((name, row[name]) for name in PROBLEM_FIELDS if row.get(name)), (None, ""))
+        id_ = str(next((row[k] for k in ("id", "uuid") if row.get(k) is not None), f"{stem}-{i}"))
+        if id_ in seen:  # codeforces-cots has a row for each of several solutions
+            if seen[id_][1] != text:
+                fail(f"{where}: id {id_!r} stands already at {seen[id_][0]}, with another problem; ids must differ")
+            dropped["same problem as in an earlier row"] += i >= start
+            continue
+        seen[id_] = where, text
+        if i < start:
+            continue
         if not isinstance(text, str):
             fail(f"{where}: field '{name}' should be text, found {type(text).__name__}")
         if not text.strip():
             fail(f"{where}: no problem text; one of the fields {', '.join(PROBLEM_FIELDS)} is wanted")
-        id_ = str(next((row[k] for k in ("id", "uuid") if row.get(k) is not None), f"{stem}-{i}"))
-        if id_ in seen:
-            fail(f"{where}: id {id_!r} stands already at {seen[id_]}; ids must differ")
-        seen[id_] = where
         gold, why = code_tests(row) if mode == "code" else gold_answer(row)
         if gold is None:
             dropped[why] += 1
@@ -312,20 +318,22 @@ def load_problems(data, judge, mode="math", range_=None, max_problems=None):
         parsed = judge.parse_golds(problems)
         dropped.update(why for why in parsed if why)
         problems = [problem for problem, why in zip(problems, parsed) if not why]
-    problems = problems[:max_problems]
+    problems, dropped = problems[:max_problems], +dropped
+    if range_ and i < start:
+        fail(f"--range {range_} is empty: the data has {i + 1} rows")
     if not problems:
-        fail(f"--data {data}: no problem is left of {stop - start}; dropped: {dict(dropped) or 'none, it is empty'}")
+        fail(f"--data {data}: no problem is left of {i + 1 - start}; dropped: {dict(dropped) or 'none, it is empty'}")
     return problems, dropped
 
 
-def parse_range(range_, total):
-    """'A:B' -> (start, stop) within total, either side may be left out; ends the program on anything else."""
+def parse_range(range_):
+    """'A:B' -> (A, B), either side may be left out; ends the program on anything else."""
     match = re.fullmatch(r"(\d*):(\d*)", range_ or ":")
     if not match:
         fail(f"--range {range_}: A:B is wanted, two row numbers such as 0:10000")
-    start, stop = int(match[1] or 0), min(int(match[2] or total), total)
-    if range_ and start >= stop:
-        fail(f"--range {range_} is empty: the data has {total} rows")
+    start, stop = int(match[1] or 0), int(match[2] or sys.maxsize)
+    if start >= stop:
+        fail(f"--range {range_} is empty")
     return start, stop
 
 
@@ -375,6 +383,12 @@ def load_tokenizer(model):
         fail(f"model {model}: its chat template ends an assistant turn with none of its eos ids {sorted(ends)}")
     tokenizer.end_ids = [last, *sorted(ends - {last})]
     return tokenizer
+
+
+def context_length(model):
+    """How many tokens a model takes, prompt and response together."""
+    from transformers import AutoConfig
+    return AutoConfig.from_pretrained(model).max_position_embeddings
 
 
 def same_vocabulary(student, student_tokenizer, teacher, teacher_tokenizer):

@@ -91,6 +91,34 @@ def make_rows(tokenizer, problems_file, family="qwen"):
 
 
 @pytest.fixture(scope="session")
+def guesser(qwen, problems_file, tmp_path_factory):
+    """The tiny model, trained to answer at once: \\boxed{3}, {4} or {5}, as likely; told that it was wrong, \\boxed{3}."""
+    import torch
+    import verify
+    from transformers import AutoModelForCausalLM
+    torch.manual_seed(0)
+    tokenizer, folder = verify.load_tokenizer(qwen), str(tmp_path_factory.mktemp("guesser") / "model")
+    model, rows = AutoModelForCausalLM.from_pretrained(qwen), []
+    for i, row in enumerate(read(problems_file)):
+        x = verify.chat_ids(tokenizer, verify.Problem.of_row(row))
+        for told_right in (True, False):
+            first, second = (tokenizer.encode(f" \\boxed{{{number}}}", add_special_tokens=False) + tokenizer.end_ids[:1]
+                             for number in (3 + i % 3, 3 + i // 3 % 3 if told_right else 3))
+            rows += [(x, first), (verify.revision_ids(tokenizer, x, first, told_right, "qwen"), second)]
+    longest = max(len(x + y) for x, y in rows)
+    ids = torch.tensor([x + y + [0] * (longest - len(x + y)) for x, y in rows])
+    labels = torch.tensor([[-100] * len(x) + y + [-100] * (longest - len(x + y)) for x, y in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def d_revision(qwen, problems_file, tmp_path_factory):
     """A d_revision.jsonl for the tiny Qwen3."""
     import verify

@@ -8,6 +8,7 @@ import pytest
 from conftest import SHARED, make_rows, read, run
 from safetensors.torch import load_file
 
+import srt
 import verify
 
 HAVE_VLLM = importlib.util.find_spec("vllm") is not None
@@ -72,7 +73,7 @@ def test_two_processes_collect_the_same(collected, qwen, problems_file, tmp_path
 def test_collection_goes_on(collected, qwen, problems_file, tmp_path):
     """Rows of a killed run, the last one torn, and by two ranks: the same command completes them, and nothing is asked twice."""
     lines = open(f"{collected}/responses.jsonl").readlines()
-    out = tmp_path / "out"
+    out = tmp_path / "out[1]"
     os.makedirs(out)
     (out / "responses.rank0.jsonl").write_text("".join(lines[0:60:2]) + lines[80][:50])
     (out / "responses.rank5.jsonl").write_text("".join(lines[1:40:2]))
@@ -80,12 +81,11 @@ def test_collection_goes_on(collected, qwen, problems_file, tmp_path):
     collect(out, qwen, problems_file)
     assert read(out / "responses.jsonl") == read(f"{collected}/responses.jsonl")
     assert before <= set(open(out / "responses.jsonl"))
-    stamp = os.stat(out / "responses.jsonl").st_mtime_ns
     collect(out, qwen, problems_file)  # finished: the same again
-    assert read(out / "responses.jsonl") == read(f"{collected}/responses.jsonl") and stamp
+    assert read(out / "responses.jsonl") == read(f"{collected}/responses.jsonl")
     collect(out, qwen, problems_file, "--fresh", "--max_problems", 3)
     assert len(read(out / "responses.jsonl")) == 9
-    assert [name for name in os.listdir(tmp_path) if name.startswith("out.old-")]
+    assert [name for name in os.listdir(tmp_path) if name.startswith("out[1].old-")]
 
 
 def test_eval(qwen, problems_file, tmp_path):
@@ -94,35 +94,25 @@ def test_eval(qwen, problems_file, tmp_path):
         "--num_responses", 2, "--num_revisions", 1, "--range", "5:20", "--temperature", 0.7)
     s = json.load(open(tmp_path / "summary.json"))
     assert (s["problems"], s["init_total"], s["revised_total"], s["kept"]) == (15, 30, 30, 0)
-    assert 0 <= s["avg@2"] <= s["pass@2"] <= 1 and s["init_accuracy_95"][0] <= s["init_accuracy"] <= s["init_accuracy_95"][1]
+    assert sum(s["dropped"].values()) == 30 - s["revised_correct"] and s["init_accuracy_95"][0] <= s["init_accuracy"] <= s["init_accuracy_95"][1]
     assert not os.path.exists(tmp_path / "d_revision.jsonl")
 
 
-@pytest.fixture(scope="module")
-def guesser(qwen, problems_file, tmp_path_factory):
-    """The tiny model, trained to answer at once: \\boxed{3}, \\boxed{4} or \\boxed{5}, as likely as not after P_r too."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    tokenizer, folder = verify.load_tokenizer(qwen), str(tmp_path_factory.mktemp("guesser") / "model")
-    model = AutoModelForCausalLM.from_pretrained(qwen)
-    rows = []
-    for i, row in enumerate(read(problems_file)):
-        x = verify.chat_ids(tokenizer, verify.Problem.of_row(row))
-        first, second = (tokenizer.encode(f" \\boxed{{{3 + n % 3}}}", add_special_tokens=False) + tokenizer.end_ids[:1]
-                         for n in (i, i // 3))
-        before = verify.revision_ids(tokenizer, x, first, i % 2 == 0, "qwen")
-        rows += [(x, first), (before, second)]
-    longest = max(len(x + y) for x, y in rows)
-    ids = torch.tensor([x + y + [0] * (longest - len(x + y)) for x, y in rows])
-    labels = torch.tensor([[-100] * len(x) + y + [-100] * (longest - len(x + y)) for x, y in rows])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(60):
-        model(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def test_summary_of_rows_by_hand():
+    """Three problems, two samples of each: (right, right), (right, wrong), (wrong, wrong); the wrong ones are revised."""
+    row = lambda id_, sample, ok, **more: {"id": id_, "sample": sample, "revision": None, "y_init_correct": ok, "no_room": False,
+                                           "y_init_verdict": "right" if ok else "wrong", "y_init_tokens": [1] * (sample + 1),
+                                           "truncated": not ok, **more}
+    inits = [row("a", 0, True), row("a", 1, True), row("b", 0, True), row("b", 1, False), row("c", 0, False), row("c", 1, False)]
+    revised = [{**r, "revision": 0, "y_revised_correct": ok, "y_revised_verdict": "right" if ok else "no answer",
+                "y_revised_tokens": [1] * 4, "revised_truncated": False} for r, ok in zip(inits[3:], (True, True, False))]
+    s = srt.summarise(inits + revised, revised[:1], 2)
+    assert (s["avg@2"], s["pass@2"], s["init_accuracy"]) == (pytest.approx(1 / 2), pytest.approx(2 / 3), 1 / 2)
+    assert (s["problems"], s["init_total"], s["init_correct"], s["init_mean_tokens"], s["init_truncated"]) == (3, 6, 3, 1.5, 0.5)
+    assert (s["revised_total"], s["revised_correct"], s["revised_mean_tokens"]) == (3, 2, 4)
+    assert s["revised_accuracy_of_wrong"] == pytest.approx(2 / 3) and s["revised_accuracy_of_right"] is None
+    assert s["net_correction"] is None and (s["kept"], s["kept_after_wrong_init"]) == (1, 1)  # not every y_init was revised
+    assert s["dropped"] == {"y_revised no answer": 1, "over the target": 1, "no room to revise": 0}
 
 
 def test_target_and_revise_correct(tmp_path, guesser):
@@ -138,6 +128,8 @@ def test_target_and_revise_correct(tmp_path, guesser):
     right = [row for row in rows if row["y_init_correct"] and row["revision"] is None]
     assert 4 <= len(right) <= 40 and 12 <= len(kept) and all(row["y_revised_correct"] for row in kept)
     assert {row["y_init_correct"] for row in kept} == {True, False}
+    s = json.load(open(tmp_path / "free/summary.json"))  # the model was told the outcome, not its opposite
+    assert s["revised_accuracy_of_wrong"] > 0.9 and s["revised_accuracy_of_right"] < 0.7
     fewer, cut = collect("cut", "--target", 10, nproc=2)
     assert len(cut) == 10 and cut == [row for row in fewer if row["y_revised_correct"]][:10]
     assert [(row["id"], row["sample"], row["revision"]) for row in cut] == sorted(
@@ -216,11 +208,9 @@ def test_distill(qwen, problems_file, tmp_path):
     assert [r["loss"] for r in read(tmp_path / "part/metrics.jsonl")] == [r["loss"] for r in rows]
 
     start("two", "--micro_tokens", 200, nproc=2)
-    for a, b in zip(rows, read(tmp_path / "two/metrics.jsonl"), strict=True):
-        if a["tokens"] != b["tokens"]:
-            break  # a rounding error has changed a sampled token: from here on the runs differ
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4) and b["reward"] == a["reward"]
-    assert read(tmp_path / "two/metrics.jsonl")[0]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5)
+    two = read(tmp_path / "two/metrics.jsonl")
+    assert len(two) == 4 and two[0]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5) and two[0]["tokens"] == rows[0]["tokens"]
+    assert two[1]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-3)  # later, a rounding error may change a sampled token
 
 
 @pytest.mark.parametrize("more", [["--kl", "jsd"], ["--kl", "mixed", "--topk", 8], ["--sync_every", 2]], ids=lambda m: m[-1])

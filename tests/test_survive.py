@@ -233,6 +233,32 @@ def test_a_read_only_disk(inputs, tmp_path):
         subprocess.run(["umount", "-l", disk])
 
 
+@pytest.mark.parametrize("where, broken_rank", [("begin", 0), ("data", 1), ("end", 0)])
+def test_a_write_that_fails_on_one_rank_is_raised_on_all(where, broken_rank, tmp_path):
+    """After the same step, so that none waits for another; the state before it stays."""
+    def steps():
+        ranks = verify.launch()
+        saver = sft.Saver(str(tmp_path / "o[1]"), 2, ranks.device)
+        broken = lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        for step in range(1, 200):
+            if step == 4 and ranks.rank == broken_rank:
+                saver.wait()
+                module, name = {"begin": (os, "makedirs"), "end": (sft, "replace_folder"),
+                                "data": (torch.distributed.checkpoint.filesystem.FileSystemWriter, "write_data")}[where]
+                setattr(module, name, broken)
+            try:
+                saver.after_step(step, lambda: {"a": torch.full((4,), float(step))}, {"step": step})
+            except BaseException as error:  # CheckpointException is no Exception
+                (tmp_path / f"rank{ranks.rank}").write_text(f"{step} {verify.mendable(error)}")
+                return
+            time.sleep(0.02 * (1 + ranks.rank))
+
+    assert chaos.Forked(steps, [], 2, tmp_path / "log").wait(60), (tmp_path / "log.err").read_text()
+    one, other = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
+    assert one == other and "No space left on device" in one
+    assert [path.name for path in (tmp_path / "o[1]/state").iterdir() if path.suffix != ".tmp"] == ["step-000002"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "no metadata", "progress"])
 @pytest.mark.parametrize("script", ["sft.py", "distill.py"])
 def test_an_unreadable_state(script, damage, inputs, whole, tmp_path):
@@ -359,7 +385,7 @@ def bad(inputs, tmp_path_factory):
     write("list.jsonl", *good, "[1]")
     write("unknown_field.jsonl", '{"riddle": "1+1=?", "answer": "2"}')
     write("no_answer.jsonl", '{"problem": "1+1=?"}')
-    write("twice.jsonl", *good, good[0])
+    write("twice.jsonl", *good, good[0].replace("+1", "+2"))
     write("long.jsonl", *good, json.dumps({"problem": "1+" * 800 + "1=?", "answer": "2"}))
     write("text.txt", "1+1=?")
     write("broken.json", "{")

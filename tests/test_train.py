@@ -306,8 +306,7 @@ def test_cleaning(qwen, tmp_path, d_revision):
     body, loop = [20, 21, 22, 23, 24], [9, 10, 11, 12]
     assert sft.trim_repeats(body + loop * 9) == body + loop
     assert sft.trim_repeats(body + loop * 2) == body + loop * 2  # twice is not a loop
-    assert sft.trim_repeats(body + loop * 5 + [9, 10]) == body + loop + [9, 10] or \
-        sft.trim_repeats(body + loop * 5 + [9, 10])[:len(body)] == body
+    assert sft.trim_repeats(body + loop * 5 + [9, 10]) == body + [9, 10, 11, 12]  # one copy, wherever it began
     rows = read(d_revision)[:2]
     rows[0]["y_revised_tokens"] = body + loop * 9  # truncated in a loop: trimmed, and then it ends
     rows[1]["y_revised_tokens"] = body + [end]
@@ -354,3 +353,34 @@ def test_flops_by_hand():
 def test_step_problems_cover_each_epoch():
     seen = [i for step in range(5) for i in distill.step_problems(step, 4, 10, seed=3)]
     assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+
+
+def test_learning_rate_factor():
+    """Up over the first 5 % of the steps, then half a cosine to 0."""
+    factors = [sft.cosine(step, 100) for step in range(100)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and factors[5] == 1.0
+    assert sft.cosine(5 + 95 // 2, 100) == pytest.approx(0.5, abs=0.02) and 0 < factors[99] < 0.001
+    assert factors[5:] == sorted(factors[5:], reverse=True) and sft.cosine(0, 1) == 1.0
+
+
+def test_the_best_checkpoints_stay(ranks, tmp_path):
+    """Three of them; of two as good ones the earlier; what a killed run left goes."""
+    best = []
+    (tmp_path / "best/step-000099.tmp").mkdir(parents=True)
+    for step, accuracy in enumerate((0.1, 0.5, 0.3, 0.2, 0.5, 0.3)):
+        best = distill.keep_best(str(tmp_path), best, step, accuracy, lambda path: os.makedirs(path))
+    assert best == [[0.5, 1], [0.5, 4], [0.3, 2]]
+    assert sorted(os.listdir(tmp_path / "best")) == ["step-000001", "step-000002", "step-000004"]
+
+
+def test_the_teacher_does_not_train(qwen, ranks):
+    """No dropout, no gradients (in a fresh model, and after a copy of the student); the copy's head is the one returned."""
+    student = sft.load_model(qwen, ranks, sft.make_mesh(ranks), torch.float32)
+    teacher = sft.load_model(qwen, ranks, sft.make_mesh(ranks), torch.float32, trainable=False)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.mul_(1.5)
+    head = distill.copy_weights(student, teacher)
+    assert student.training and not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert torch.equal(head, student.get_output_embeddings().weight.full_tensor())
+    assert all(torch.equal(a.full_tensor(), b.full_tensor()) for a, b in zip(student.parameters(), teacher.parameters()))

@@ -6,7 +6,6 @@ judge on them with math-verify as it comes and with string match (the same numbe
 """
 import functools
 import json
-import os
 import random
 import re
 import subprocess
@@ -274,7 +273,7 @@ GOOD = '{"id": "a", "problem": "1+1?", "answer": "2"}\n'
     ("d.jsonl", '{"id": "a", "answer": "2"}\n', "d.jsonl:1: no problem text; one of the fields problem, question, prompt"),
     ("d.jsonl", '{"problem": 5, "answer": "2"}\n', "d.jsonl:1: field 'problem' should be text, found int"),
     ("d.jsonl", "[1]\n", "d.jsonl:1: a JSON object is wanted, found list"), ("d.jsonl", "[" * 100_000, "d.jsonl:1: nested too deeply"),
-    ("d.jsonl", GOOD + GOOD, "d.jsonl:2: id 'a' stands already at"), ("d.json", "{}", "a list of rows is wanted, found dict"),
+    ("d.jsonl", GOOD + GOOD.replace("+1", "+2"), "d.jsonl:2: id 'a' stands already at"), ("d.json", "{}", "a list of rows is wanted, found dict"),
     ("d.json", "[1]", "row 0: an object is wanted, found int"), ("d.json", "[", "not a JSON file"), ("d.txt", "x", "is not a .jsonl"),
     ("d.parquet", "PAR?", "d.parquet: not a parquet file"),
     ("d.jsonl", '{"problem": "?"}\n', "dropped: {'no answer': 1}"),
@@ -285,6 +284,27 @@ def test_a_bad_file_gives_one_clear_line(judge, tmp_path, name, content, says):
     with pytest.raises(SystemExit) as e:
         verify.load_problems(write(tmp_path / name, content), judge)
     assert says in str(e.value) and name in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.parquet"])
+def test_ranges_share_no_problem(judge, tmp_path, name):
+    """A data set with a row for each of several solutions: a problem counts where it first stands, whatever the range."""
+    rows = [{"id": f"p{i // 3}", "problem": f"{i // 3}+1", "answer": "2", "solution": str(i)} for i in range(12)]
+    path = str(tmp_path / name)
+    if name == "d.parquet":
+        import pyarrow
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        write(tmp_path / name, json.dumps(rows) if name == "d.json" else "".join(json.dumps(r) + "\n" for r in rows))
+    ids = lambda range_: ([p.id for p in verify.load_problems(path, judge, range_=range_)[0]],
+                          dict(verify.load_problems(path, judge, range_=range_)[1]))
+    assert ids(None) == (["p0", "p1", "p2", "p3"], {"same problem as in an earlier row": 8})
+    assert ids("0:5") == (["p0", "p1"], {"same problem as in an earlier row": 3})
+    assert ids("5:12") == (["p2", "p3"], {"same problem as in an earlier row": 5})
+    for range_ in ("12:", "20:30"):
+        with pytest.raises(SystemExit, match="empty: the data has 12 rows"):
+            verify.load_problems(path, judge, range_=range_)
 
 
 def test_a_folder_is_no_file(judge, tmp_path):

@@ -1,0 +1,104 @@
+"""Whole steps of sft.py and distill.py against plain transformers, torch.optim and the formulas of the paper."""
+import json
+
+import pytest
+import torch
+from conftest import read, run
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import distill
+import srt
+import verify
+
+WRONG, RIGHT = "\n\nWait, this response is wrong. Let me correct it.\n\n", "\n\nLet me rephrase the above solution.\n\n"
+
+
+def log_probs(model, before, y):
+    """[len(y), V]: what each token of y is predicted with."""
+    return model(torch.tensor([before + y])).logits[0, len(before) - 1:-1].log_softmax(-1)
+
+
+def step(model, optimizer, loss, lr):
+    """One clipped step; returns the norm before."""
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm.item()
+
+
+def nearly_all_close(model, path):
+    """AdamW turns a gradient that is rounding error into a full step, so a few weights may be off."""
+    saved = load_file(f"{path}/model.safetensors")
+    off = [(saved[name] - p.detach()).abs().flatten() for name, p in model.named_parameters()]
+    return (torch.cat(off) < 1e-5).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("objective", ["generation", "revision", "sum"])
+def test_sft(objective, qwen, d_revision, tmp_path):
+    """All rows in one step: loss, gradient norm and weights."""
+    run("sft.py", "--model", qwen, "--data", d_revision, "--out", tmp_path, "--objective", objective, "--batch", 100, "--epochs", 1,
+        "--lr", "1e-3", "--weight_decay", 0.1)
+    tokenizer, model = verify.load_tokenizer(qwen), AutoModelForCausalLM.from_pretrained(qwen)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95))
+    total, tokens = 0, 0
+    for row in read(d_revision):
+        x = verify.chat_ids(tokenizer, verify.Problem.of_row(row))
+        y = row["y_init_tokens"][:-1] + tokenizer.encode(RIGHT if row["y_init_correct"] else WRONG, add_special_tokens=False)
+        first, second = {"generation": (1, 1), "revision": (0, 1), "sum": (1, 2)}[objective]
+        weights = torch.tensor([first] * len(y) + [second] * len(row["y_revised_tokens"]))
+        y = y + row["y_revised_tokens"]
+        total = total - (log_probs(model, x, y)[torch.arange(len(y)), y] * weights).sum()
+        tokens += int((weights > 0).sum())
+    norm = step(model, optimizer, total / tokens, 1e-3)
+    metrics, = read(tmp_path / "metrics.jsonl")
+    assert metrics["loss"] == pytest.approx((total / tokens).item(), rel=1e-5) and metrics["loss_tokens"] == tokens
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4) and nearly_all_close(model, tmp_path / "final")
+
+
+def test_distill(guesser, ranks, tmp_path):
+    """Two steps, warm-up, a teacher that is set to the student in between, and validation before each."""
+    for name, n in (("train", 10), ("val", 4)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(
+            json.dumps({"id": f"{name}{i}", "problem": f"{i}+{n}=?", "answer": "3"}) + "\n" for i in range(n)))
+    done = run("distill.py", "--model", guesser, "--data", tmp_path / "train.jsonl", "--out", tmp_path / "out", "--batch", 8,
+               "--steps", 2, "--warmup", 2, "--lr", "2e-3", "--weight_decay", 0.1, "--sync_every", 1, "--max_tokens", 24, "--engine", "hf",
+               "--val", tmp_path / "val.jsonl", "--val_every", 1, "--val_samples", 5, "--seed", 3, "--max_sync_gap", 0.01)
+    tokenizer = verify.load_tokenizer(guesser)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(guesser) for _ in range(2))
+    sampler = srt.HFSampler(guesser, tokenizer, 1024, ranks.device, torch.float32)
+    optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.1, betas=(0.9, 0.999))
+    with verify.Judge(workers=1) as judge:
+        train, val = (verify.load_problems(str(tmp_path / f"{name}.jsonl"), judge)[0] for name in ("train", "val"))
+
+    def sample(problems, seeds):
+        """[(x, y, right)] from the student as it is now."""
+        sampler.load(student.named_parameters())
+        prompts = [verify.chat_ids(tokenizer, p) for p in problems]
+        ys = [s.ids for s in sampler.generate(prompts, seeds, max_tokens=24)]
+        return [(x, y, verify.last_boxed(tokenizer.decode(y)) == "3") for x, y in zip(prompts, ys)]
+
+    rows = read(tmp_path / "out/metrics.jsonl")
+    assert len(rows) == 2
+    for number, row in enumerate(rows):
+        tries = [(p, k) for p in val for k in range(5)]
+        tried = sample([p for p, _ in tries], [srt.request_seed(3, "val", p.id, k) for p, k in tries])
+        assert row["val_accuracy"] == pytest.approx(sum(ok for *_, ok in tried) / 20)
+        chosen = [train[i] for i in distill.step_problems(number, 8, 10, 3)]
+        sampled = sample(chosen, [srt.request_seed(3, number, place, p.id) for place, p in enumerate(chosen)])
+        total, tokens = 0, sum(len(y) for _, y, _ in sampled)
+        for x, y, ok in sampled:
+            body = y[:-1] if y[-1] in tokenizer.end_ids else y
+            told = tokenizer.encode(RIGHT if ok else WRONG, add_special_tokens=False)
+            s, t = log_probs(student, x, y), log_probs(teacher, x + body + told, y).detach()
+            total = total + (s.exp() * (s - t)).sum()
+        lr = 2e-3 * (number + 1) / 2
+        norm = step(student, optimizer, total / tokens, lr)
+        teacher.load_state_dict(student.state_dict())
+        assert row["loss"] == pytest.approx((total / tokens).item(), rel=1e-3) and row["loss"] > 1e-3
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-2) and row["lr"] == pytest.approx(lr)
+        assert row["tokens"] == tokens and row["reward"] == pytest.approx(sum(ok for *_, ok in sampled) / 8)
+        assert {ok for *_, ok in sampled} == {True, False}
+    assert nearly_all_close(student, tmp_path / "out/final"), done.stdout
