@@ -335,11 +335,7 @@ def main():
             {**vars(args), "dtype": str(args.dtype), "phrases": family, **progress, "val_accuracy": row.get("val_accuracy")},
             indent=1))
         print(f"saved {args.out}/final" + (f"; validation {row['val_accuracy']:.3f}, best {progress['best']}" if args.val else ""))
-    dist.barrier()
-    judge.close()
-    sampler.close()
-    if dist.is_initialized():  # vLLM takes the process group down with it
-        dist.destroy_process_group()
+    srt.close(judge, sampler)
 
 
 def copy_weights(student, teacher):

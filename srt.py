@@ -249,6 +249,15 @@ def request_seed(*parts):
     return zlib.crc32("|".join(map(str, parts)).encode()) & 0x7FFFFFFF
 
 
+def close(judge, sampler):
+    """Ends a script's worker processes, its engine and its process group, which vLLM may have taken down already."""
+    dist.barrier()
+    judge.close()
+    sampler.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 # --------------------------------------------------------------------------------------------------------- files
 
 
@@ -330,6 +339,14 @@ def summarise(rows, d_revision, num_responses):
 # ------------------------------------------------------------------------------------------------------------ main
 
 
+class Asked(NamedTuple):
+    """The key of a request: y_init number `sample` of problem i, or a revision of the one whose row is given."""
+    i: int
+    sample: int
+    revision: int = None
+    row: dict = None
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description="Collect D_revision (SRT, phase 1a), or evaluate with --eval.")
     # what
@@ -408,8 +425,7 @@ def main():
         for sample in range(args.num_responses):
             row = done.get((problems[i].id, sample, -1))
             if row is None:
-                queue.append(Request((i, sample, None), prompts[i],
-                                     request_seed(args.seed, problems[i].id, sample)))
+                queue.append(Request(Asked(i, sample), prompts[i], request_seed(args.seed, problems[i].id, sample)))
             else:
                 revise(i, row)
         return True
@@ -422,7 +438,7 @@ def main():
         for revision in range(args.num_revisions):
             old = done.get((row["id"], row["sample"], revision))
             if old is None:
-                queue.append(Request((i, row["sample"], (revision, row)), ids,
+                queue.append(Request(Asked(i, row["sample"], revision, row), ids,
                                      request_seed(args.seed, row["id"], row["sample"], revision)))
             elif old["y_revised_correct"]:
                 ranks.store.add("kept", 1)
@@ -436,8 +452,8 @@ def main():
 
     def record(sample, text, verdict):
         """One judged response -> one line on disk; a y_init then asks for its revisions."""
-        i, number, of = sample.request.key
-        if of is None:
+        i, number, revision, init = sample.request.key
+        if revision is None:
             ids = verify.revision_ids(tokenizer, prompts[i], sample.ids, verdict.correct, family)
             row = {"id": problems[i].id, "problem": problems[i].problem, "answer": problems[i].answer,
                    **({"mode": "code"} if args.mode == "code" else {}), "sample": number,
@@ -447,7 +463,7 @@ def main():
                    "p_r": None, "revision": None, "y_revised": None, "y_revised_correct": None, "y_revised_tokens": None}
             revise(i, row)
         else:
-            row = {**of[1], "p_r": verify.PHRASES[family][of[1]["y_init_correct"]], "revision": of[0], "y_revised": text,
+            row = {**init, "p_r": verify.PHRASES[family][init["y_init_correct"]], "revision": revision, "y_revised": text,
                    "y_revised_correct": verdict.correct, "y_revised_verdict": verdict.reason,
                    "y_revised_tokens": sample.ids, "revised_truncated": sample.truncated}
             if verdict.correct:
@@ -472,7 +488,7 @@ def main():
     while not stopped():
         for sample in sampler.stream(pull, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p):
             text = tokenizer.decode(sample.ids, skip_special_tokens=True)
-            judging.append((sample, text, judge.submit(problems[sample.request.key[0]], text)))
+            judging.append((sample, text, judge.submit(problems[sample.request.key.i], text)))
             tokens += len(sample.ids)
             record_judged(wait=False)
             if stopped():
@@ -510,11 +526,7 @@ def main():
             print(f"{name:28s} {round(value, 4) if isinstance(value, float) else value}")
         if target and len(kept) < target:
             print(f"note: --target {target} was not reached: all {len(problems)} problems gave {len(kept)} tuples")
-    dist.barrier()
-    judge.close()
-    sampler.close()
-    if dist.is_initialized():  # vLLM takes the process group down with it
-        dist.destroy_process_group()
+    close(judge, sampler)
 
 
 if __name__ == "__main__":

@@ -59,13 +59,13 @@ def test_sft(objective, qwen, d_revision, tmp_path):
 
 
 def test_distill(guesser, ranks, tmp_path):
-    """Two steps, warm-up, a teacher that is set to the student in between, and validation before each."""
+    """Two steps of two ranks, warm-up, a teacher that is set to the student in between, and validation before each."""
     for name, n in (("train", 10), ("val", 4)):
         (tmp_path / f"{name}.jsonl").write_text("".join(
             json.dumps({"id": f"{name}{i}", "problem": f"{i}+{n}=?", "answer": "3"}) + "\n" for i in range(n)))
     done = run("distill.py", "--model", guesser, "--data", tmp_path / "train.jsonl", "--out", tmp_path / "out", "--batch", 8,
                "--steps", 2, "--warmup", 2, "--lr", "2e-3", "--weight_decay", 0.1, "--sync_every", 1, "--max_tokens", 24, "--engine", "hf",
-               "--val", tmp_path / "val.jsonl", "--val_every", 1, "--val_samples", 5, "--seed", 3, "--max_sync_gap", 0.01)
+               "--val", tmp_path / "val.jsonl", "--val_every", 1, "--val_samples", 5, "--seed", 3, "--max_sync_gap", 0.01, nproc=2)
     tokenizer = verify.load_tokenizer(guesser)
     student, teacher = (AutoModelForCausalLM.from_pretrained(guesser) for _ in range(2))
     sampler = srt.HFSampler(guesser, tokenizer, 1024, ranks.device, torch.float32)
