@@ -435,9 +435,13 @@ class Metrics:
 
 # Openings of a model that believes a user has complained; D_revision has no such user.
 FLATTERY = re.compile(
-    r"\s*(?:(?:yes|indeed)[,!.]?\s+)?(?:you(?:'re|’re| are) (?:absolutely |completely |quite )?right(?: to\b[^.!?\n]*[.!?]|[^.!?\n—–,:-]{0,20}[.!?—–,:-]+)"
-    r"|thank(?:s| you) for\b[^.!?\n]*[.!?]|(?:great|good|excellent) question\b[^.!?\n—]*[.!?—]"
-    r"|(?:good|nice|great) (?:catch|point|observation)\b[^.!?\n—]*[.!?—])\s*", re.IGNORECASE)
+    r"\s*(?:(?:yes|indeed)[,!.]?\s+)?(?:"
+    r"you(?:'re|’re| are) (?:absolutely |completely |quite )?right"
+    r"(?: to\b[^.!?\n]*[.!?]|[^.!?\n—–,:-]{0,20}[.!?—–,:-]+)"  # "you're right to ask this." "You are right —"
+    r"|thank(?:s| you) for\b[^.!?\n]*[.!?]"  # "Thank you for catching that!"
+    r"|(?:great|good|excellent) question\b[^.!?\n—]*[.!?—]"
+    r"|(?:good|nice|great) (?:catch|point|observation)\b[^.!?\n—]*[.!?—]"
+    r")\s*", re.IGNORECASE)
 
 
 def strip_flattery(tokenizer, ids):

@@ -437,20 +437,20 @@ UNICODE = str.maketrans(dict(zip("−–×·÷π∞≤≥≠∪∩∈±°²³½�
     r"\frac{3}{4}|,|(|)|:|\theta |\sqrt |\approx |\{\}|⟦euro⟧|⟦pound⟧").split("|"))))
 # Words, units, currency and percent stand in ⟦⟧ after this.
 SPELLINGS = [(re.compile(a), b) for a, b in (
-    (r"\\[()\[\]]|\\(?:left|right|[bB]igg?[lr]?|displaystyle|boldsymbol|underline)(?![A-Za-z])", ""),
-    (r"\\\$|(?<!\\)\$(?=\s*\d[^$]*$)", "⟦dollar⟧"), (r"\$", ""),
-    (r"(?<=\d)(?:\{,\}|,\\!|\\[,! ]|~)(?=\d{3}(?!\d))", ""),  # 10{,}000
-    (r"(?<!\\)\\(?:[,;:! ]|q?quad(?![a-z]))|[~\s]+|\\\\(?=\s*$)", " "),
+    (r"\\[()\[\]]|\\(?:left|right|[bB]igg?[lr]?|displaystyle|boldsymbol|underline)(?![A-Za-z])", ""),  # \left( \) \big|
+    (r"\\\$|(?<!\\)\$(?=\s*\d[^$]*$)", "⟦dollar⟧"), (r"\$", ""),  # \$5 and $5 are money, $x$ is not
+    (r"(?<=\d)(?:\{,\}|,\\!|\\[,! ]|~)(?=\d{3}(?!\d))", ""),  # 10{,}000 10,\!000 10\,000
+    (r"(?<!\\)\\(?:[,;:! ]|q?quad(?![a-z]))|[~\s]+|\\\\(?=\s*$)", " "),  # \, \quad ~
     (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\\lbrace(?![a-z])", r"\\{"), (r"\\rbrace(?![a-z])", r"\\}"),
     (r"\\langle(?![a-z])", "("), (r"\\rangle(?![a-z])", ")"), (r"\\approx(?![a-z])", "="),
     (r"\\(?:varnothing|emptyset)(?![a-z])", r"\\{\\}"), (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
-    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
-    (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"), (r"\+\s*\\infty", r"\\infty "),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),  # \frac12 \frac1{2}
+    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),  # \frac{1}2 \sqrt2
+    (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"), (r"\+\s*\\infty", r"\\infty "),  # sqrt(2) +\infty
     (r"\*\*", "^"), (r"\*", r"\\cdot "), (r"\\?%", "⟦percent⟧"),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-z])", "⟦degree⟧"),
-    (r"(\\(?:sin|cos|tan)\W*)(\d+)\s*⟦degree⟧", r"\1(\2\\pi/180)"), (r"(?<=\d)_\s*\{?\s*(\d+)\s*\}?", r"⟦base \1⟧"),
-    (r"\\operatorname\*?\s*\{(\w+)\}", r"\1"),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-z])", "⟦degree⟧"),  # 30^\circ 30^{\circ}
+    (r"(\\(?:sin|cos|tan)\W*)(\d+)\s*⟦degree⟧", r"\1(\2\\pi/180)"),  # \sin 30^\circ
+    (r"(?<=\d)_\s*\{?\s*(\d+)\s*\}?", r"⟦base \1⟧"), (r"\\operatorname\*?\s*\{(\w+)\}", r"\1"),  # 101_2 101_{2}
 )]
 TEXT = re.compile(r"\\(text\w*|math\w+|mbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 WORD = re.compile(r"(?<![\\A-Za-z⟦])(?<!\\begin\{)(?<!\\end\{)[A-Za-z]{2,}(?![^⟦]*⟧)")
