@@ -19,7 +19,7 @@ What was tried (one H200, torch 2.11, transformers 5.17, vLLM 0.26, trl 1.16), a
   vLLM asleep (level 2) while the student trains: 26-28 GiB less on the device in that part, and the step no slower.
     torch's own peak goes on counting them: 120.6 GiB where the device had 109.8 in use, caches included (TRL: 132.7).
   flat_logprobs in vLLM: generate 5.1 s as before; kept for the shorter code.
-  srt.py's stream against a bare LLM.generate, 128 x 512 tokens: 16.1k and 17.6k tok/s against 15.2k and 16.8k.
+  srt.py's stream against LLM.generate with the same parameters, 128 x 512 tokens: 16.1k and 17.6k tok/s against 15.2k and 16.8k.
   two ranks, sft with checkpointing: 14.5k tok/s each against 14.8k of one rank: 1.95 x.
   a state (weights and AdamW, fp32) at the 0.6B shape, 6.7 GiB: saved in 15.6 s, loaded in 6.0 s, all to a slow disk. Since
     then a thread writes it: on a CPU, 1.0 GiB, the loop waits 0.6 s (later 0.2 s) of 4.0 s. The GPU's numbers are to come.
@@ -129,28 +129,35 @@ def time_state(folder, tensors, ranks):
 
 
 def compare_sampler(sampler, tokenizer, number=128, tokens=512):
-    """Tokens per second of srt.py's stream and of a bare LLM.generate on the same prompts with the same parameters."""
+    """
+    Tokens per second of srt.py's stream and of LLM.generate on the same prompts: with the same parameters, and bare (no
+    seed of a request's own, no log-probabilities), for the top_p of phase 2 and of collection. The better of two runs.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
     prompts = torch.randint(1000, len(tokenizer), (number, 128)).tolist()
 
-    def stream():
-        return sum(len(sample.ids) for sample in sampler.generate(prompts, range(number), max_tokens=tokens))
+    def stream(top_p):
+        return sum(len(sample.ids) for sample in sampler.generate(prompts, range(number), max_tokens=tokens, top_p=top_p))
 
-    def bare():
-        params = [SamplingParams(max_tokens=tokens, temperature=1.0, seed=seed, stop_token_ids=tokenizer.end_ids, logprobs=0,
-                                 detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY) for seed in range(number)]
+    def generate(top_p, **more):
+        params = [SamplingParams(max_tokens=tokens, temperature=1.0, top_p=top_p, stop_token_ids=tokenizer.end_ids,
+                                 detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+                                 **({"seed": seed, **more} if more else {})) for seed in range(number)]
         outputs = sampler.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
-    speed = {"stream": [], "bare": []}
-    for name, run in (("bare", bare), ("stream", stream), ("bare", bare), ("stream", stream)):
-        sampler.llm.reset_prefix_cache()
-        start = time.perf_counter()
-        count = run()
-        speed[name].append(count / (time.perf_counter() - start))
-    print(f"{number} prompts of 128, {tokens} tokens each: stream {[round(v) for v in speed['stream']]} tok/s, bare "
-          f"LLM.generate {[round(v) for v in speed['bare']]}, ratio {max(speed['stream']) / max(speed['bare']):.3f}", flush=True)
+    for top_p in (1.0, 0.9):
+        speed = {}
+        for name, run in 2 * [("stream", stream), ("the same parameters", lambda p: generate(p, logprobs=0, flat_logprobs=True)),
+                              ("bare", generate)]:
+            sampler.llm.reset_prefix_cache()
+            start = time.perf_counter()
+            count = run(top_p)
+            speed[name] = max(speed.get(name, 0), count / (time.perf_counter() - start))
+        print(f"{number} prompts of 128, {tokens} tokens each, top_p {top_p}: " + ", ".join(
+            f"{name} {value:.0f} tok/s" for name, value in speed.items())
+            + f"; stream / bare {speed['stream'] / speed['bare']:.3f}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------- against TRL's SDFT trainer
