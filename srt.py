@@ -499,8 +499,8 @@ def main():
     seconds = time.time() - started
     bar.close()
     file.close()
-    totals = torch.tensor([tokens, 0.0], dtype=torch.float64)
-    dist.all_reduce(totals)
+    tokens_of = [None] * ranks.world
+    dist.all_gather_object(tokens_of, tokens)
 
     if stopped():
         if ranks.rank == 0:
@@ -520,7 +520,7 @@ def main():
                    "top_p": args.top_p, "max_tokens": args.max_tokens, "seed": args.seed,
                    "engine": type(sampler).__name__, "problems_dropped": dict(dropped),
                    **summarise(rows, kept, args.num_responses), "seconds": round(seconds, 1),
-                   "tokens_per_second": round(totals[0].item() / seconds, 1)}
+                   "tokens_per_second": round(sum(tokens_of) / seconds, 1), "tokens_per_rank": tokens_of}
         verify.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1) + "\n")
         for name, value in summary.items():
             print(f"{name:28s} {round(value, 4) if isinstance(value, float) else value}")

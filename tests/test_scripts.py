@@ -68,6 +68,8 @@ def test_collect(collected, qwen, problems_file):
 def test_two_processes_collect_the_same(collected, qwen, problems_file, tmp_path):
     collect(tmp_path / "two", qwen, problems_file, nproc=2)
     assert read(tmp_path / "two/responses.jsonl") == read(f"{collected}/responses.jsonl")
+    shares = json.load(open(tmp_path / "two/summary.json"))["tokens_per_rank"]
+    assert len(shares) == 2 and min(shares) > 0.25 * sum(shares)
 
 
 def test_collection_goes_on(collected, qwen, problems_file, tmp_path):
@@ -275,6 +277,9 @@ def test_vllm_under_torchrun(qwen, problems_file, tmp_path):
     run("srt.py", "--model", qwen, "--data", problems_file, "--out", tmp_path / "collect", *how, "--max_problems", 9,
         "--num_revisions", 1, nproc=2)
     assert len(read(tmp_path / "collect/responses.jsonl")) == 18
+    run("srt.py", "--eval", "--model", qwen, "--data", problems_file, "--out", tmp_path / "eval", *how, "--num_responses", 4, nproc=2)
+    shares = json.load(open(tmp_path / "eval/summary.json"))["tokens_per_rank"]
+    assert len(shares) == 2 and min(shares) > 0.25 * sum(shares)  # no rank has taken what the other could do
     run("distill.py", "--model", qwen, "--data", problems_file, "--out", tmp_path / "out", *DISTILL, *how, "--steps", 3, nproc=2)
     rows = read(tmp_path / "out/metrics.jsonl")
     assert len(rows) == 3 and all(row["sync_gap"] < 0.02 for row in rows)
