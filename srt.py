@@ -8,7 +8,7 @@ Phase 1a of SD-Zero: sample, judge, revise, judge, keep -> D_revision. With --ev
     4. y_revised ~ pi(. | x, y_init, P_r)            --num_revisions
     5. keep (x, y_init, P_r, y_revised) if y_revised is right, up to --target
 
-Departures from the official code: every GPU samples; problems are handed out one by one, so no rank idles at the end;
+Departures from the official code: every GPU samples; problems are handed out one by one, an equal share to each rank first;
 verdicts come in while others are still being sampled; a response is on disk as soon as it is judged, so the same
 command goes on after a kill; responses are kept as token ids too, so nothing is ever tokenised twice.
 
@@ -180,9 +180,7 @@ class VLLMSampler(Sampler):
         from vllm.sampling_params import RequestOutputKind
         engine, flying, counter = self.llm.llm_engine, {}, 0
         while True:
-            for _ in range(16):  # a few in each step: ranks that share the prompts fill up side by side
-                if len(flying) >= self.max_seqs or (request := pull()) is None:
-                    break
+            while len(flying) < self.max_seqs and (request := pull()) is not None:
                 params = SamplingParams(max_tokens=self.room(request.ids, max_tokens), temperature=temperature, top_p=top_p,
                                         seed=request.seed, stop_token_ids=self.end_ids, logprobs=0, flat_logprobs=True,
                                         detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
@@ -400,8 +398,6 @@ def main():
     rounds = 2 if args.num_revisions else 1
     sampler = make_sampler(args.engine, args.model, tokenizer, longest + rounds * args.max_tokens + 64, ranks.device, dtype,
                            args.vllm_memory)
-    if isinstance(sampler, HFSampler):  # a batch of it takes no new requests: no rank's first may take more than its share
-        sampler.batch = min(sampler.batch, math.ceil(len(problems) * args.num_responses / ranks.world))
     if ranks.rank == 0:
         print(f"{len(problems)} problems ({sum(dropped.values())} dropped), {ranks.world} rank(s) on {ranks.device.type}, "
               f"{type(sampler).__name__} {dtype}, phrases {family}", flush=True)
@@ -413,14 +409,24 @@ def main():
     caught = verify.catch_signals()
     file = open(own_file, "a")
     queue = deque()  # requests of problems that this rank has taken
+    taken = waiting = 0  # how many problems those are; how many requests are not yet answered and judged
     judging = []  # (sample, its text, future verdict)
     bar = tqdm(total=len(problems), desc="problems", disable=ranks.rank != 0)
 
     def take_problem():
-        """Puts what is missing of the next problem into the queue. False when none is left or the target is reached."""
-        i = ranks.store.add("taken", 1) - 1
-        if i >= len(problems) or (target and ranks.store.add("kept", 0) >= target):
+        """
+        Puts what is missing of the next problem into the queue. False when none is left or the target is reached, and for
+        a rank that has had an equal share, while it has more to do than would be an equal share of what is left.
+        """
+        nonlocal taken
+        left = len(problems) - ranks.store.add("taken", 0)
+        if (taken * ranks.world >= len(problems) and waiting * ranks.world >= left) or (
+                target and ranks.store.add("kept", 0) >= target):
             return False
+        i = ranks.store.add("taken", 1) - 1
+        if i >= len(problems):
+            return False
+        taken += 1
         bar.update(i + 1 - bar.n)
         for sample in range(args.num_responses):
             row = done.get((problems[i].id, sample, -1))
@@ -444,14 +450,18 @@ def main():
                 ranks.store.add("kept", 1)
 
     def pull():
+        nonlocal waiting
         record_judged(wait=False)
         while not queue:
             if not take_problem():
                 return None
+        waiting += 1
         return queue.popleft()
 
     def record(sample, text, verdict):
         """One judged response -> one line on disk; a y_init then asks for its revisions."""
+        nonlocal waiting
+        waiting -= 1
         i, number, revision, init = sample.request.key
         if revision is None:
             ids = verify.revision_ids(tokenizer, prompts[i], sample.ids, verdict.correct, family)

@@ -35,7 +35,7 @@ class Stub(srt.Sampler):
     max_len = 1000
     def stream(self, pull, **how):
         while (request := pull()) is not None:
-            i, sample, revision = request.key
+            i, sample, revision, _ = request.key
             yield srt.Sample(request, [2 * i + (revision is not None)], [0.0], False)
     def close(self):
         pass
