@@ -109,7 +109,7 @@ def guesser(qwen, problems_file, tmp_path_factory):
     ids = torch.tensor([x + y + [0] * (longest - len(x + y)) for x, y in rows])
     labels = torch.tensor([[-100] * len(x) + y + [-100] * (longest - len(x + y)) for x, y in rows])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(60):
+    for _ in range(40):
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
