@@ -419,9 +419,9 @@ def main():
         a rank that has had an equal share, while it has more to do than would be an equal share of what is left.
         """
         nonlocal taken
-        left = len(problems) - ranks.store.add("taken", 0)
-        if (taken * ranks.world >= len(problems) and waiting * ranks.world >= left) or (
-                target and ranks.store.add("kept", 0) >= target):
+        if target and ranks.store.add("kept", 0) >= target:
+            return False
+        if taken * ranks.world >= len(problems) and waiting * ranks.world >= len(problems) - ranks.store.add("taken", 0):
             return False
         i = ranks.store.add("taken", 1) - 1
         if i >= len(problems):
@@ -451,7 +451,7 @@ def main():
 
     def pull():
         nonlocal waiting
-        record_judged(wait=False)
+        record_judged(wait=False)  # here, for the engine asks in each step, whether a sample has come out or not
         while not queue:
             if not take_problem():
                 return None
@@ -500,7 +500,6 @@ def main():
             text = tokenizer.decode(sample.ids, skip_special_tokens=True)
             judging.append((sample, text, judge.submit(problems[sample.request.key.i], text)))
             tokens += len(sample.ids)
-            record_judged(wait=False)
             if stopped():
                 break  # what is half-sampled is asked for again, with the same seeds
         if not judging:
