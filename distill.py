@@ -17,6 +17,7 @@ and the run stops when they part (--max_sync_gap): stale weights would train on 
     torchrun --nproc_per_node 8 distill.py ... the same
 """
 import argparse
+import gc
 import json
 import os
 import random
@@ -254,12 +255,13 @@ def main():
               f"KL {args.kl}{f' top {args.topk}' if args.topk else ''}, from step {progress['step']}", flush=True)
 
     saver = sft.Saver(args.out, args.save_every, ranks.device)
+    saver.reserve(sft.training_state(student, optimizer, synchronised))
 
     def save(path):
         sft.save_model(path, student, tokenizer, family, args.dtype)
 
-    stop = False
-    for step in range(progress["step"], args.steps + 1):
+    stop, first = False, progress["step"]
+    for step in range(first, args.steps + 1):
         clock = Clock()
         sampler.load(sft.full_tensors(student, args.dtype))
         clock.lap("sync")
@@ -326,6 +328,9 @@ def main():
         stop = saver.after_step(step + 1, lambda: sft.training_state(student, optimizer, synchronised), progress)
         if stop:
             break
+        if step == first:  # what torch.compile has made stays: vLLM, which collects garbage before it sleeps, need not look there
+            gc.collect()
+            gc.freeze()
 
     saver.wait()
     if not stop:

@@ -21,6 +21,7 @@ ids as sampled; rows are packed without padding and do not see each other; logit
 import argparse
 import functools
 import glob
+import inspect
 import json
 import math
 import os
@@ -43,6 +44,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 import verify
@@ -54,6 +56,9 @@ FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype attn checkp
 
 # ---------------------------------------------------------------------------------------------- packed attention
 
+# fewer heads of k and v than of q: torch 2.11 takes them without the flag
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
 
 def packed_attention(module, q, k, v, attention_mask, scaling=None, sliding_window=None, cu_seq_lens_q=None,
                      max_length_q=None, segments=None, **_):
@@ -63,15 +68,11 @@ def packed_attention(module, q, k, v, attention_mask, scaling=None, sliding_wind
     Registered with transformers under the name "packed"; a layer's sliding_window w lets a token see w tokens, itself
     included. CUDA: torch's varlen_attn. CPU: one scaled_dot_product_attention per row (`segments`: the row starts).
     """
-    groups = q.shape[1] // k.shape[1]
     if q.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
         q, k, v = (a[0].transpose(0, 1) for a in (q, k, v))  # [T, H, D]
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         window = (sliding_window - 1 if sliding_window else -1, 0)
         out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
-                          window_size=window)
+                          window_size=window, **GROUPED)
         return out[None], None
     outs = []
     for start, stop in zip(segments, segments[1:]):
@@ -80,7 +81,7 @@ def packed_attention(module, q, k, v, attention_mask, scaling=None, sliding_wind
             age = torch.arange(T)[:, None] - torch.arange(T)[None]
             mask = (age >= 0) & (age < sliding_window)
         outs.append(F.scaled_dot_product_attention(*(a[:, :, start:stop] for a in (q, k, v)), attn_mask=mask,
-                                                   is_causal=mask is None, scale=scaling, enable_gqa=groups > 1))
+                                                   is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] > k.shape[1]))
     return torch.cat(outs, dim=2).transpose(1, 2), None
 
 
@@ -332,14 +333,18 @@ class Saver:
                 print(f"stopped by a signal after step {step}, which is saved: the same command goes on from there", flush=True)
         return bool(asked)
 
+    def reserve(self, tensors):
+        """Takes CPU memory for copies of these tensors, in the background: a system can be slow to give it."""
+        if not self.copies:
+            self.copies = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
+            self.writing = self.thread.submit(lambda: [local(copy).zero_() for copy in self.copies.values()])
+
     def save(self, step, tensors, progress):
+        self.reserve(tensors)
         self.wait()
         with torch.no_grad():
             for name, tensor in tensors.items():
-                if name in self.copies:
-                    local(self.copies[name]).copy_(local(tensor))
-                else:
-                    self.copies[name] = tensor.to("cpu", copy=True)
+                local(self.copies[name]).copy_(local(tensor))
         self.writing = self.thread.submit(self.write, step, json.dumps(progress))
 
     def write(self, step, progress):
@@ -657,6 +662,7 @@ def main():
             state = None
             if done_before == step_count:  # the state is the end of the stage before: this one starts with a new optimizer
                 optimizer = make_optimizer(model, args.weight_decay, betas=(0.9, 0.95))
+        saver.reserve(training_state(model, optimizer))
         base_lr = args.stage2_lr or args.lr if stage == 2 else args.lr
 
         for step in range(step_count - done_before, steps):

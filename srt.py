@@ -40,7 +40,8 @@ FREE = "target engine dtype vllm_memory judge_seconds unsafe_no_sandbox"
 
 # -------------------------------------------------------------------------------------------------------- samplers
 # Two engines, one interface:
-#   stream(pull, ...)      yields a Sample as soon as it is finished; `pull()` gives the next Request, or None for now
+#   stream(pull, ...)      yields a Sample as soon as it is finished; `pull()` gives the next Request, or None for now;
+#                          logprobs=False where the caller needs none, for vLLM is faster then
 #   generate(prompts, ...) the Samples of a list of prompts, in order
 #   load(named_tensors)    new weights, named as in the checkpoint
 
@@ -54,7 +55,7 @@ class Request(NamedTuple):
 class Sample(NamedTuple):
     request: Request
     ids: list  # sampled token ids, end-of-turn included if it was sampled
-    logprobs: list  # log pi(token) of each, at temperature 1 over the whole vocabulary
+    logprobs: list  # log pi(token) of each, at temperature 1 over the whole vocabulary; may be empty if not asked for
     truncated: bool  # ended by max_tokens or the model's length, not by an end-of-turn
 
 
@@ -86,7 +87,7 @@ class HFSampler(Sampler):
         self.device, self.batch = device, batch
         self.max_len = min(max_len, verify.context_length(model))
 
-    def stream(self, pull, max_tokens, temperature=1.0, top_p=1.0):
+    def stream(self, pull, max_tokens, temperature=1.0, top_p=1.0, logprobs=True):
         while batch := [r for r in (pull() for _ in range(self.batch)) if r is not None]:
             yield from self.sample(batch, max_tokens, temperature, top_p)
 
@@ -175,15 +176,16 @@ class VLLMSampler(Sampler):
                        **(whole_prompts if self.on_cpu else {"enable_sleep_mode": True}),
                        distributed_executor_backend="external_launcher" if dist.get_world_size() > 1 else None)
 
-    def stream(self, pull, max_tokens, temperature=1.0, top_p=1.0):
+    def stream(self, pull, max_tokens, temperature=1.0, top_p=1.0, logprobs=True):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
         engine, flying, counter = self.llm.llm_engine, {}, 0
         while True:
             while len(flying) < self.max_seqs and (request := pull()) is not None:
                 params = SamplingParams(max_tokens=self.room(request.ids, max_tokens), temperature=temperature, top_p=top_p,
-                                        seed=request.seed, stop_token_ids=self.end_ids, logprobs=0, flat_logprobs=True,
-                                        detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+                                        seed=request.seed, stop_token_ids=self.end_ids, detokenize=False,
+                                        logprobs=0 if logprobs else None, flat_logprobs=True,
+                                        output_kind=RequestOutputKind.FINAL_ONLY)
                 engine.add_request(str(counter), {"prompt_token_ids": request.ids}, params)
                 flying[str(counter)] = request
                 counter += 1
@@ -192,7 +194,7 @@ class VLLMSampler(Sampler):
             for output in engine.step():
                 if output.finished:
                     y = output.outputs[0]
-                    yield Sample(flying.pop(output.request_id), list(y.token_ids), list(y.logprobs.logprobs),
+                    yield Sample(flying.pop(output.request_id), list(y.token_ids), list(y.logprobs.logprobs) if logprobs else [],
                                  y.finish_reason == "length")
 
     def sleep(self):
@@ -496,7 +498,8 @@ def main():
 
     started, tokens = time.time(), 0
     while not stopped():
-        for sample in sampler.stream(pull, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p):
+        for sample in sampler.stream(pull, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p,
+                                     logprobs=False):
             text = tokenizer.decode(sample.ids, skip_special_tokens=True)
             judging.append((sample, text, judge.submit(problems[sample.request.key.i], text)))
             tokens += len(sample.ids)

@@ -29,6 +29,7 @@ import importlib.util
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -111,46 +112,51 @@ def fixed_loss(model, ranks):
 
 
 def time_state(folder, tensors, ranks):
-    """Size of a training state, and seconds: that the loop waits for a save (first and later), to write it, to read it."""
-    saver, waits, begun = sft.Saver(folder, 1, ranks.device), [], time.perf_counter()
+    """Size of a training state, and seconds: to take memory for a copy, that the loop waits for a save (twice), to write, to read."""
+    saver, waits, writes = sft.Saver(folder, 1, ranks.device), [], []
+    start = time.perf_counter()
+    saver.reserve(tensors)
+    saver.wait()
+    reserved = time.perf_counter() - start
     for step in (0, 1):
-        saver.wait()
+        shutil.rmtree(saver.folder, ignore_errors=True)  # two of them may not fit on the disk
+        dist.barrier()
         start = time.perf_counter()
         saver.save(step, tensors, {})
         waits.append(time.perf_counter() - start)
-    saver.wait()
-    whole = time.perf_counter()
+        saver.wait()
+        writes.append(time.perf_counter() - start - waits[-1])
+    start = time.perf_counter()
     dcp.load(tensors, checkpoint_id=sft.states(saver.folder)[-1])
-    loaded = time.perf_counter()
+    loaded = time.perf_counter() - start
     if ranks.rank == 0:
         size = sum(f.stat().st_size for f in Path(sft.states(saver.folder)[-1]).iterdir())
-        print(f"state: {size / 2**30:.1f} GiB; the loop waits {waits[0]:.1f} s, later {waits[1]:.1f} s; written in "
-              f"{(whole - begun - sum(waits)) / 2:.1f} s, loaded in {loaded - whole:.1f} s", flush=True)
+        print(f"state: {size / 2**30:.1f} GiB; memory for a copy {reserved:.1f} s; the loop waits {waits[0]:.1f} and {waits[1]:.1f} s; "
+              f"written in {writes[0]:.1f} and {writes[1]:.1f} s, loaded in {loaded:.1f} s", flush=True)
 
 
 def compare_sampler(sampler, tokenizer, number=128, tokens=512):
     """
-    Tokens per second of srt.py's stream and of LLM.generate on the same prompts: with the same parameters, and bare (no
-    seed of a request's own, no log-probabilities), for the top_p of phase 2 and of collection. The better of two runs.
+    Tokens per second of the sampler's stream, without log-probabilities (srt.py) and with (distill.py), and of a bare
+    LLM.generate (no seed of a request's own either) on the same prompts. The better of two runs.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
     prompts = torch.randint(1000, len(tokenizer), (number, 128)).tolist()
 
-    def stream(top_p):
-        return sum(len(sample.ids) for sample in sampler.generate(prompts, range(number), max_tokens=tokens, top_p=top_p))
+    def stream(top_p, logprobs=False):
+        return sum(len(sample.ids) for sample in sampler.generate(prompts, range(number), max_tokens=tokens, top_p=top_p,
+                                                                  logprobs=logprobs))
 
-    def generate(top_p, **more):
-        params = [SamplingParams(max_tokens=tokens, temperature=1.0, top_p=top_p, stop_token_ids=tokenizer.end_ids,
-                                 detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
-                                 **({"seed": seed, **more} if more else {})) for seed in range(number)]
+    def bare(top_p):
+        params = SamplingParams(max_tokens=tokens, temperature=1.0, top_p=top_p, stop_token_ids=tokenizer.end_ids,
+                                detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
         outputs = sampler.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
     for top_p in (1.0, 0.9):
         speed = {}
-        for name, run in 2 * [("stream", stream), ("the same parameters", lambda p: generate(p, logprobs=0, flat_logprobs=True)),
-                              ("bare", generate)]:
+        for name, run in 2 * [("stream", stream), ("stream with log-probabilities", lambda p: stream(p, True)), ("bare", bare)]:
             sampler.llm.reset_prefix_cache()
             start = time.perf_counter()
             count = run(top_p)
