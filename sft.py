@@ -199,10 +199,12 @@ def make_optimizer(model, weight_decay, betas):
 
 def optimizer_step(model, optimizer, lr, clip):
     """Clips the global gradient norm, steps with this learning rate, clears gradients. Returns the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
     if not math.isfinite(norm):  # the same on every rank; a step would make every weight nan
         fail(f"the gradient norm is {norm}: this step was not made; the last whole state is in --out, lower --lr and go on")
+    if norm > clip:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, total)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
