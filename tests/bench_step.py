@@ -10,19 +10,23 @@ peak memory of one SFT step and one teacher forward on 16,384 packed tokens in 4
 What was tried (one H200, torch 2.11, transformers 5.17, vLLM 0.26, trl 1.16), and what it gave:
   checkpointing of whole compiled blocks: 346 model TFLOP/s, 75.4 GiB. The compiler's choice of what to recompute
     (activation_memory_budget 0.3) and fused AdamW: 406-412, 70.6 GiB; kept. No checkpointing: 458, 116 GiB; with
-    AdamW that is not fused 435. Teacher forward: 512.
+    AdamW that is not fused 435. Teacher forward: 512-518. Micro-batches of 8,192 tokens instead of 16,384: 368.
+  attention with 8 heads of k and v as they are, not repeated to 32: 404 and 67.3 GiB, without checkpointing 455 and 109; kept for
+    the memory. (Alone, compiled, forward and backward: 6.79 against 6.85 ms.)
   other row lengths in each step (--varied): 423 TFLOP/s (short rows have less attention), 5 graphs in all. distill.py with
     log-normal lengths made 5 graphs of a layer and 2 of the KL: a step that meets new lengths took up to 8 s longer.
-  --peer, the last step of each kind, TRL in brackets: 1,024 tokens each: generate 5.3 s (4.8), teacher + student + optimizer
-    3.24 s (6.82), step 8.5 s (11.65): 0.73; log-normal lengths: 6.5 (5.5), 1.91 (10.51), 8.4 s (16.0): 0.52.
-    TRL asks vLLM for no log-probabilities; ours need them for the check of the weights' age.
-  vLLM asleep (level 2) while the student trains: 26-28 GiB less on the device in that part, and the step no slower.
-    torch's own peak goes on counting them: 120.6 GiB where the device had 109.8 in use, caches included (TRL: 132.7).
+  --peer, TRL in brackets, before the next three: 1,024 tokens each: generate 5.3 s (4.8), the rest 3.24 s (6.82): 0.73;
+    log-normal lengths: 6.5 (5.5), 1.91 (10.51): 0.52. After: 5.2 (5.0), 3.27 (7.75): 0.67; 5.9 (5.5), 1.85 (10.56): 0.48.
+    TRL asks vLLM for no log-probabilities; ours need them for the check of the weights' age: 4.87 against 4.73 s in 1,024 steps,
+    of which vLLM's kernel 0.1 s: 115 us per step at 32 rows. The same kernel with tiles of 16,384 takes 22 us, log_softmax 58 us;
+    not kept, it would be a patch of vLLM. srt.py asks for none: 128 x 512 tokens at 18.8k tok/s, with them 18.0k, bare 18.8k.
+  vLLM asleep (level 2) while the student trains: 26.6 GiB less on the device in that part. To sleep takes 0.16 s, most of it
+    Python's garbage collection, which walks through what torch.compile has made: gc.freeze after the first step saves that; kept.
+    To wake and load: 0.2 s. torch's own peak goes on counting what sleeps: 117 GiB where the device had 96 in use, caches included.
   flat_logprobs in vLLM: generate 5.1 s as before; kept for the shorter code.
-  srt.py's stream against LLM.generate with the same parameters, 128 x 512 tokens: 16.1k and 17.6k tok/s against 15.2k and 16.8k.
   two ranks, sft with checkpointing: 14.5k tok/s each against 14.8k of one rank: 1.95 x.
-  a state (weights and AdamW, fp32) at the 0.6B shape, 6.7 GiB: saved in 15.6 s, loaded in 6.0 s, all to a slow disk. Since
-    then a thread writes it: on a CPU, 1.0 GiB, the loop waits 0.6 s (later 0.2 s) of 4.0 s. The GPU's numbers are to come.
+  a state (weights and AdamW, fp32) at 4B, 45.0 GiB: written in 31-43 s by a thread, loaded in 33 s. The loop waited 45.8 s for the
+    first copy and 3.4 s for later ones; now memory is taken while the first step runs (6.9 s), and each copy takes 3.3-3.5 s.
 """
 import argparse
 import importlib.util
