@@ -15,6 +15,7 @@ there is one prompt, P_r meets tokens in one place, and ids are never decoded an
 import argparse
 import ast
 import contextlib
+import fcntl
 import functools
 import glob
 import itertools
@@ -102,15 +103,18 @@ def open_out(args, ranks, free):
     """
     Makes --out and records the flags of the run in its flags.json; with --fresh an old --out is renamed first, never
     deleted. Where a run with other flags is in it, they are named; the program ends if one is not among `free` (a string
-    of names), for two runs would be mixed.
+    of names), for two runs would be mixed. It ends, too, where another process is at work in the folder.
     """
     import torch.distributed as dist
     if ranks.rank == 0:
+        os.makedirs(args.out, exist_ok=True)
+        hold(args.out)
         if args.fresh and os.path.isdir(args.out) and os.listdir(args.out):
             old = f"{args.out.rstrip('/')}.old-{time.strftime('%Y%m%d-%H%M%S')}"
             os.rename(args.out, old)
             print(f"--fresh: {args.out} is now {old}")
-        os.makedirs(args.out, exist_ok=True)
+            os.makedirs(args.out)
+            hold(args.out)
         path = os.path.join(args.out, "flags.json")
         flags = {name.rstrip("_"): value for name, value in vars(args).items() if name not in ("out", "fresh")}
         begun = os.path.exists(path) and os.listdir(args.out) != ["flags.json"]
@@ -124,6 +128,21 @@ def open_out(args, ranks, free):
             print(f"flags changed since this run began: {text}", flush=True)
         write_atomically(path, json.dumps(flags, indent=1) + "\n")
     dist.barrier()
+
+
+def hold(folder, seconds=5):
+    """Keeps other runs out of a folder as long as this process lives. One that was just killed is given time to go."""
+    handle = os.open(folder, os.O_RDONLY)  # never closed
+    until = time.time() + seconds
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.time() > until:
+                fail(f"--out {folder}: another run is at work there; wait for it, stop it, or give another --out")
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            return
 
 
 def write_atomically(path, text):

@@ -153,6 +153,20 @@ def test_target_whatever_the_ranks(inputs, tmp_path):
 # --------------------------------------------------------------------------------------------------------- flags
 
 
+def test_one_run_at_a_time(inputs, whole, tmp_path):
+    """A second run into the same folder ends with a line, also with --fresh; nothing is touched. The first goes on."""
+    out, args = tmp_path / "out", [*inputs["sft.py"], "--out", tmp_path / "out"]
+    run = chaos.Forked("sft.py", args, 1, tmp_path / "log")
+    wait_for(lambda: rows_of(out / "metrics.jsonl") >= 1)
+    os.kill(run.pids[0], signal.SIGSTOP)
+    before = sorted(out.rglob("*"))
+    for more in ([], ["--fresh"]):
+        _, err = go("sft.py", [*args, *more], tmp_path, ok=False, seconds=20)
+        assert f"--out {out}: another run is at work there" in err and sorted(out.rglob("*")) == before
+    os.kill(run.pids[0], signal.SIGCONT)
+    assert run.wait(60) and chaos.equal("sft.py", whole / "sft.py", out)
+
+
 def test_changed_flags(inputs, whole, tmp_path):
     """Named; refused where they would mix two runs; --fresh renames; a flag that changes nothing of that goes on."""
     out = tmp_path / "out"
