@@ -1188,7 +1188,7 @@ def main():
     parser.add_argument("--responses", help="responses.jsonl of srt.py: judge it again and print what changed")
     parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data")
     parser.add_argument("--mode", choices=sorted(INSTRUCTION), default="math")
-    parser.add_argument("--judge_seconds", type=float, default=5.0, help="limit of one verdict; for code, of one test")
+    parser.add_argument("--judge_seconds", type=positive, default=5.0, help="limit of one verdict; for code, of one test")
     parser.add_argument("--unsafe_no_sandbox", action="store_true", help=UNSAFE)
     args = parser.parse_args()
     with Judge(limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox) as judge:

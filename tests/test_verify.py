@@ -8,6 +8,7 @@ import functools
 import json
 import random
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -357,16 +358,12 @@ def test_gold_answers_of_several_data_sets(fields, answer):
 
 
 def test_start_up_of_the_pool():
-    """Under 2 s; the best of five, for other tests run meanwhile."""
-    took = []
-    for _ in range(5):
-        started = time.time()
-        with verify.Judge(workers=2) as judge:
-            judge([math("5")], ["\\boxed{5}"])
-            took.append(time.time() - started)
-        if took[-1] < 2:
-            return
-    assert False, took
+    """Under 2 s of each worker's own time, for other tests run meanwhile; tests/bench_verify.py looks at the clock."""
+    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    before = used()
+    with verify.Judge(workers=2) as judge:
+        judge([math("5")], ["\\boxed{5}"])
+    assert 0 < used() - before < 2 * 2
 
 
 def test_counts_of_the_labelled_set():
