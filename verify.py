@@ -109,7 +109,7 @@ def open_out(args, ranks, free):
     if ranks.rank == 0:
         os.makedirs(args.out, exist_ok=True)
         hold(args.out)
-        if args.fresh and os.path.isdir(args.out) and os.listdir(args.out):
+        if args.fresh and os.listdir(args.out):
             old = f"{args.out.rstrip('/')}.old-{time.strftime('%Y%m%d-%H%M%S')}"
             os.rename(args.out, old)
             print(f"--fresh: {args.out} is now {old}")

@@ -101,20 +101,6 @@ def draw_lengths(number, longest, seed):
             for _ in range(number)]
 
 
-def fixed_loss(model, ranks):
-    """Loss of eight rows that are the same for every number of ranks."""
-    generator = torch.Generator().manual_seed(7)
-    rows = torch.randint(4, model.config.vocab_size, (8, 512), generator=generator).tolist()
-    rows = rows[ranks.rank::ranks.world]
-    batch = sft.make_batch(rows, ranks.device)
-    select = (batch.positions < 511).nonzero()[:, 0]  # the end of a row predicts nothing: what follows depends on the ranks
-    weights = torch.full((len(select),), 1 / (8 * 511), device=ranks.device)
-    with torch.no_grad():
-        loss, _, _ = model(batch, select, lambda hidden, head: chunked_ce(hidden, head, batch.ids[select + 1], weights))
-    dist.all_reduce(loss)
-    return loss.item()
-
-
 def time_state(folder, tensors, ranks):
     """Size of a training state, and seconds: to take memory for a copy, that the loop waits for a save (twice), to write, to read."""
     saver, waits, writes = sft.Saver(folder, 1, ranks.device), [], []
@@ -332,7 +318,7 @@ def main():
     if ranks.rank == 0:
         print(f"{args.shape}, rows {args.rows}, {ranks.world} rank(s), {dtype}, torch {torch.__version__}, "
               f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}")
-        print(f"{'':28s} {'s':>8s} {'tok/s per rank':>15s} {'model TFLOP/s':>14s} {'MFU':>6s} {'peak GiB':>9s} {'fixed loss':>10s} {'graphs':>7s}")
+        print(f"{'':28s} {'s':>8s} {'tok/s per rank':>15s} {'model TFLOP/s':>14s} {'MFU':>6s} {'peak GiB':>9s} {'graphs':>7s}")
     for what in args.only:
         kind, checkpointing, compile = what.split()[0], what.split()[1], what.split()[2] == "1"
         model = sft.load_model(args.model, ranks, sft.make_mesh(ranks), dtype, trainable=kind == "sft",
@@ -358,7 +344,6 @@ def main():
             model(batch, select, lambda hidden, head: chunked_ce(hidden, head, batch.ids.roll(-1), weights))[0].backward()
             sft.optimizer_step(model, optimizer, 1e-6, 1.0)
 
-        loss = fixed_loss(model, ranks) if kind == "sft" else math.nan
         seconds, peak = measure(step, batches, len(batches) if args.varied else 2)
         tokens = sum(len(batch.ids) for batch in batches) / len(batches)
         flops = (3 if kind == "sft" else 1) / len(batches) * sum(sft.forward_flops(
@@ -368,7 +353,7 @@ def main():
         if ranks.rank == 0:
             name = f"{kind}, checkpointing {checkpointing}, compile {int(compile)}"
             print(f"{name:28s} {seconds:8.3f} {tokens / seconds:15.0f} {flops / seconds / 1e12:14.1f} "
-                  f"{f'{share:.1%}' if share else '-':>6s} {peak:9.1f} {loss:10.5f} "
+                  f"{f'{share:.1%}' if share else '-':>6s} {peak:9.1f} "
                   f"{torch._dynamo.utils.counters['stats']['unique_graphs']:7d}", flush=True)
         if args.state and kind == "sft":
             time_state(args.state, sft.training_state(model, optimizer), ranks)
