@@ -131,12 +131,14 @@ def validate(sampler, judge, tokenizer, problems, prompts, args, ranks):
 
 def keep_best(out, best, step, accuracy, save, keep=3):
     """Saves out/best/step-N if it is among the `keep` best validations; best: [[accuracy, step]], best first."""
-    ranked = sorted(best + [[accuracy, step]], key=lambda b: (-b[0], b[1]))[:keep]
+    name = "step-{:06d}".format
+    there = [b for b in best if os.path.isdir(os.path.join(out, "best", name(b[1])))]  # a killed run may have gone further
+    ranked = sorted(there + [[accuracy, step]], key=lambda b: (-b[0], b[1]))[:keep]
     if [accuracy, step] in ranked:
-        save(os.path.join(out, "best", f"step-{step:06d}"))
+        save(os.path.join(out, "best", name(step)))
     if dist.get_rank() == 0:
-        for name in set(os.listdir(os.path.join(out, "best"))) - {f"step-{kept:06d}" for _, kept in ranked}:
-            shutil.rmtree(os.path.join(out, "best", name))  # also what a killed run has left
+        for folder in set(os.listdir(os.path.join(out, "best"))) - {name(kept) for _, kept in ranked}:
+            shutil.rmtree(os.path.join(out, "best", folder))  # also what a killed run has left
     return ranked
 
 

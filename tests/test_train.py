@@ -371,6 +371,9 @@ def test_the_best_checkpoints_stay(ranks, tmp_path):
         best = distill.keep_best(str(tmp_path), best, step, accuracy, lambda path: os.makedirs(path))
     assert best == [[0.5, 1], [0.5, 4], [0.3, 2]]
     assert sorted(os.listdir(tmp_path / "best")) == ["step-000001", "step-000002", "step-000004"]
+    os.rename(tmp_path / "best/step-000002", tmp_path / "best/step-000007")  # a run went on to 7 and was killed; its state is older
+    assert distill.keep_best(str(tmp_path), best, 5, 0.1, lambda path: os.makedirs(path)) == [[0.5, 1], [0.5, 4], [0.1, 5]]
+    assert sorted(os.listdir(tmp_path / "best")) == ["step-000001", "step-000004", "step-000005"]
 
 
 def test_the_teacher_does_not_train(qwen, ranks):
