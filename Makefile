@@ -1,7 +1,7 @@
 # make demo   a base model, RFT, SRT and SD-Zero at toy scale, from scratch: a table and runs/demo/report.png
 # make test   the tests
 # make bench  speed, as ratios in one run (the GPU parts need a GPU)
-# make chaos  30 runs of the scripts, killed at random moments and resumed: about 20 minutes
+# make chaos  30 runs of the scripts, killed at random moments and resumed: about 15 minutes
 # Each sets up .venv first: the full stack where nvidia-smi finds a GPU, else one without CUDA.
 
 PYTHON ?= python3

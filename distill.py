@@ -282,14 +282,15 @@ def main():
             [srt.request_seed(args.seed, step, place, problems[i].id) for place, i in mine], args)
         sampler.sleep()
         clock.lap("generate")
-        correct = [verdict.result().correct for verdict in verdicts]
+        verdicts = [verdict.result() for verdict in verdicts]
+        correct = [verdict.correct for verdict in verdicts]
         clock.lap("judge")
 
         rows = [make_row(tokenizer, family, prompts[i], sample, ok, max_teacher_len)
                 for (_, i), sample, ok in zip(mine, samples, correct)]
         rows = [r for r in rows if r.y]  # one without room for y has no weight
         counts = torch.tensor([sum(len(r.y) for r in rows), sum(correct), sum(len(s.ids) for s in samples),
-                               sum(s.truncated for s in samples)], dtype=torch.float64, device=ranks.device)
+                               sum(s.truncated for s in samples), sum(v.reason in ("timeout", "crash") for v in verdicts)], dtype=torch.float64, device=ranks.device)
         dist.all_reduce(counts)
         tokens = int(counts[0])  # of the global batch, counted after sampling
         if not tokens:
@@ -312,7 +313,7 @@ def main():
         seconds = sum(clock.seconds.values())
         training = clock.seconds["teacher"] + clock.seconds["student"]
         row |= {"loss": sums[0].item(), "reward": counts[1].item() / args.batch, "response_len": counts[2].item() / args.batch,
-                "truncated": counts[3].item() / args.batch, "sync_gap": sums[1].item() / tokens, "grad_norm": norm, "lr": lr,
+                "truncated": counts[3].item() / args.batch, "judge_failed": counts[4].item() / args.batch, "sync_gap": sums[1].item() / tokens, "grad_norm": norm, "lr": lr,
                 "tokens": tokens, "seconds": seconds, **{f"seconds_{k}": v for k, v in clock.seconds.items()},
                 "tokens_per_s": tokens / seconds, "mfu": sft.mfu(flops.item(), training, ranks.world),
                 **sft.memory()}  # what vLLM gives back while it sleeps is counted too

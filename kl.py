@@ -218,7 +218,10 @@ def main():
     parser.add_argument("--phrases", choices=sorted(verify.PHRASES), default=None, help="default: what --teacher records")
     args = parser.parse_args()
 
-    device = verify.launch().device
+    ranks = verify.launch()
+    if ranks.rank:  # one is enough
+        return torch.distributed.destroy_process_group()
+    device = ranks.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = verify.load_tokenizer(args.teacher)
     verify.same_vocabulary(args.student, verify.load_tokenizer(args.student), args.teacher, tokenizer)

@@ -16,7 +16,7 @@ Departures from the official code: one prompt for all phases; y_init and P_r sta
 ids as sampled; rows are packed without padding and do not see each other; logits never exist in full.
 
     python sft.py --model Qwen/Qwen3-4B-Instruct-2507 --data runs/collect/d_revision.jsonl --out runs/srt
-    torchrun --nproc_per_node 8 sft.py ... the same
+    torchrun --nproc_per_node 4 sft.py ... the same        # as many ranks as --batch has sequences, at most
 """
 import argparse
 import functools
@@ -514,7 +514,10 @@ def read_examples(path, objective, stage2_size, tokenizer, family, max_len, seed
     counts, seen, rows = Counter(), set(), []
     for line, row in verify.read_jsonl(path):
         counts["rows read"] += 1
-        verify.need(row, path, line, problem=str, y_init_tokens=list, y_init_correct=bool)
+        verify.need(row, path, line, id=str, problem=str, y_init_tokens=list, y_init_correct=bool)
+        p_r = verify.PHRASES[family][row["y_init_correct"]]
+        if row.get("p_r") not in (None, p_r):
+            fail(f"{path}:{line}: P_r is {row['p_r']!r}, not {p_r!r} of --phrases {family}; give the --phrases that srt.py had")
         if objective == "rft":
             usable = row["y_init_correct"]
         else:

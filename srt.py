@@ -281,6 +281,19 @@ def drop_torn_line(path):
             f.truncate(f.read().rfind(b"\n") + 1)
 
 
+def finished(out, target):
+    """True if a run with this target has ended here; summary.json is the last that it writes."""
+    path = os.path.join(out, "summary.json")
+    if not os.path.exists(path):
+        return False
+    with open(path) as f:
+        if json.load(f)["target"] != target:
+            return False
+    if dist.get_rank() == 0:
+        print(f"{path} is there already: nothing to do (--fresh starts over)")
+    return True
+
+
 def write_rows(path, rows):
     verify.write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -397,6 +410,9 @@ def main():
              f"revisions give at most {reachable}; lower it, or raise --num_responses or --num_revisions")
     target = 0 if args.eval else 6000 if args.target is None else args.target
     verify.open_out(args, ranks, FREE)
+    if finished(args.out, target):
+        judge.close()
+        return dist.destroy_process_group()
     rounds = 2 if args.num_revisions else 1
     sampler = make_sampler(args.engine, args.model, tokenizer, longest + rounds * args.max_tokens + 64, ranks.device, dtype,
                            args.vllm_memory)
@@ -529,7 +545,7 @@ def main():
         if not args.eval:
             write_rows(os.path.join(args.out, "d_revision.jsonl"), kept)
         summary = {"model": args.model, "data": args.data, "phrases": family, "temperature": args.temperature,
-                   "top_p": args.top_p, "max_tokens": args.max_tokens, "seed": args.seed,
+                   "top_p": args.top_p, "max_tokens": args.max_tokens, "seed": args.seed, "target": target,
                    "engine": type(sampler).__name__, "problems_dropped": dict(dropped),
                    **summarise(rows, kept, args.num_responses), "seconds": round(seconds, 1),
                    "tokens_per_second": round(sum(tokens_of) / seconds, 1), "tokens_per_rank": tokens_of}

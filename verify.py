@@ -299,24 +299,24 @@ def load_problems(data, judge, mode="math", range_=None, max_problems=None):
     Problems of a file or hub name, in order, and a Counter of why others were dropped (`--data` of every phase).
 
     judge: parses each gold answer once; one that cannot be parsed drops its problem. range_: "A:B", a slice of the
-    rows as they stand in the file, so that phases given disjoint ranges see disjoint questions: a row that repeats the
-    problem of an earlier one, in the range or before it, is dropped. max_problems: at most so many of the kept. Ends the
-    program if nothing is left, if two problems have one id, and on rows without a problem.
+    rows as they stand in the file, so that phases given disjoint ranges see disjoint questions: a row that repeats the text
+    of an earlier one, in the range or before it, is dropped. max_problems: at most so many of the kept. Ends the program
+    if nothing is left, if two problems have one id, and on rows without a problem.
     """
     if mode == "code" and judge.sandbox:
         check_sandbox()
     start, stop = parse_range(range_)
-    problems, dropped, seen, i = [], Counter(), {}, -1
+    problems, dropped, seen, texts, i = [], Counter(), {}, set(), -1
     stem = os.path.basename(data).split(".")[0]
     for i, (where, row) in enumerate(itertools.islice(load_rows(data), stop)):
         name, text = next(((name, row[name]) for name in PROBLEM_FIELDS if row.get(name)), (None, ""))
         id_ = str(next((row[k] for k in ("id", "uuid") if row.get(k) is not None), f"{stem}-{i}"))
-        if id_ in seen:  # codeforces-cots has a row for each of several solutions
-            if seen[id_][1] != text:
-                fail(f"{where}: id {id_!r} stands already at {seen[id_][0]}, with another problem; ids must differ")
+        if seen.setdefault(id_, (where, text))[1] != text:
+            fail(f"{where}: id {id_!r} stands already at {seen[id_][0]}, with another problem; ids must differ")
+        if text and str(text).strip() in texts:  # codeforces-cots has a row for each of several solutions
             dropped["same problem as in an earlier row"] += i >= start
             continue
-        seen[id_] = where, text
+        texts.add(str(text).strip())
         if i < start:
             continue
         if not isinstance(text, str):
@@ -923,6 +923,8 @@ def check_sandbox():
         fail(f"--mode code: the sandbox knows {' and '.join(FORBIDDEN)}, this machine is {platform.machine()}{refuse}")
     with contextlib.suppress(RuntimeError):
         if run_program("cat", {}, b"ok", seconds=10).output == b"ok":
+            if not installed(LANGUAGES[1]) and os.environ.get("RANK", "0") == "0":
+                print("note: no g++ here, so no program in C++ counts as an answer; apt-get install g++", flush=True)
             return
     fail("--mode code: bubblewrap is installed but makes no sandbox here; it must be 0.8 or newer and may need user "
          "namespaces allowed (sysctl kernel.apparmor_restrict_unprivileged_userns=0; for a container docker run "

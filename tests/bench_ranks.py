@@ -27,6 +27,7 @@ import verify
 from kl import chunked_ce
 
 CUDA = torch.cuda.is_available()
+SHAPE = "4B" if CUDA else "tiny"
 
 
 def fixed_batch(model_folder):
@@ -66,7 +67,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--only", nargs="+", choices=("fixed", "srt", "distill"), default=["fixed", "srt", "distill"])
-    parser.add_argument("--model", default="/tmp/bench-model", help="folder to make, or to use if it is there")
+    parser.add_argument("--model", default=f"/tmp/bench-{SHAPE}", help="folder to make, or to use if it is there")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--fixed", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -75,7 +76,7 @@ def main():
     if CUDA and torch.cuda.device_count() < max(args.ranks):
         return print(f"skipped: --ranks {max(args.ranks)}, and this machine has {torch.cuda.device_count()} GPU(s)")
     if not Path(args.model, "config.json").exists():
-        make_shape(args.model, "4B" if CUDA else "tiny")
+        make_shape(args.model, SHAPE)
     per_rank, tokens, engine = ((128, 512), (32, 1024), []) if CUDA else ((16, 16), (8, 16), ["--engine", "hf"])
     folder, rng = Path(tempfile.mkdtemp()), random.Random(0)
     vocabulary = json.loads(Path(args.model, "config.json").read_text())["vocab_size"]

@@ -1,8 +1,9 @@
 """
 Training speed at the Qwen3-4B shape with random weights: model TFLOP/s (attention and head counted, recomputation not) and
-peak memory of one SFT step and one teacher forward on 16,384 packed tokens in 4 rows, head and loss included.
+peak memory of one SFT step (head, loss and optimizer included) and of one teacher forward (up to the hidden states) on
+16,384 packed tokens in 4 rows.
 
-    python tests/bench_step.py [--only "sft 1 1"] [--varied] [--state FOLDER]       # needs a GPU
+    python tests/bench_step.py [--only "sft 1 1"] [--varied] [--state FOLDER]       # on a CPU: a tiny model
     torchrun --nproc_per_node 2 tests/bench_step.py
     python tests/bench_step.py --peer                   # distill.py against TRL's SDFT trainer, and srt.py's sampler
     python tests/bench_step.py --make FOLDER            # the model alone, to run the real scripts at that size
@@ -294,7 +295,7 @@ def compare_with_trl(model, shape):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--make", metavar="FOLDER", help="write the model folder and stop")
-    parser.add_argument("--model", default="/tmp/bench-model", help="folder to make, or to use if it is there")
+    parser.add_argument("--model", help="folder to make, or to use if it is there; default: /tmp/bench-SHAPE")
     parser.add_argument("--shape", choices=SHAPES, default="4B" if torch.cuda.is_available() else "tiny")
     parser.add_argument("--rows", type=int, nargs="+", default=[4096] * 4 if torch.cuda.is_available() else [64] * 4)
     parser.add_argument("--only", nargs="+", default=["sft 1 1", "sft 0 1", "teacher 0 1"], help="'kind checkpointing compile'")
@@ -304,6 +305,7 @@ def main():
     parser.add_argument("--state", metavar="FOLDER", help="save and load the state of an sft row there too, timed")
     parser.add_argument("--repeats", type=int, default=4)
     args = parser.parse_args()
+    args.model = args.model or f"/tmp/bench-{args.shape}"
     if args.make:
         return make_shape(args.make, args.shape)
     if args.peer:

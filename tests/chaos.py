@@ -2,7 +2,7 @@
 Runs of the three scripts, killed with SIGKILL at random moments and started again until done; what they end with must
 equal what an uninterrupted run ends with: the same rows, the same weights bit for bit.
 
-    python tests/chaos.py --runs 30 --seed 0        # under torchrun, as users start it; half an hour on 2 cores
+    python tests/chaos.py --runs 30 --seed 0        # under torchrun, as users start it; about 15 minutes on 2 cores
 
 `Forked` starts the ranks by fork from a process that has imported everything: no different for the script, but ten times
 faster, for tests/test_survive.py.

@@ -153,6 +153,15 @@ def test_target_whatever_the_ranks(inputs, tmp_path):
 # --------------------------------------------------------------------------------------------------------- flags
 
 
+def test_p_r_of_the_data(inputs, tmp_path):
+    """sft.py ends where the data was collected with other phrases than it would train on."""
+    rows = read(inputs["sft.py"][inputs["sft.py"].index("--data") + 1])
+    rows[3]["p_r"] = verify.PHRASES["paper"][rows[3]["y_init_correct"]] + "!"
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, err = go("sft.py", [*inputs["sft.py"], "--data", tmp_path / "d.jsonl", "--out", tmp_path / "out"], tmp_path, ok=False)
+    assert "d.jsonl:4: P_r is" in one_error(err) and "--phrases" in err and not (tmp_path / "out").exists()
+
+
 def test_one_run_at_a_time(inputs, whole, tmp_path):
     """A second run into the same folder ends with a line, also with --fresh; nothing is touched. The first goes on."""
     out, args = tmp_path / "out", [*inputs["sft.py"], "--out", tmp_path / "out"]
@@ -173,7 +182,7 @@ def test_changed_flags(inputs, whole, tmp_path):
     start = lambda *more, **how: go("distill.py", [*inputs["distill.py"], "--out", out, *more], tmp_path, **how)
     start("--steps", 2)
     for script, place, changes in (("distill.py", out, [("--kl", "forward")]), ("sft.py", whole / "sft.py", [
-            ("--seed", 1), ("--batch", 5), ("--objective", "sum"), ("--phrases", "paper"), ("--max_len", 900)]),
+            ("--seed", 1), ("--batch", 5), ("--objective", "sum"), ("--max_len", 900)]),
             ("srt.py", whole / "srt.py", [("--range", "0:9")])):
         recorded = (place / "flags.json").read_text()
         for flag, value in changes:

@@ -289,8 +289,8 @@ def test_a_bad_file_gives_one_clear_line(judge, tmp_path, name, content, says):
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.parquet"])
 def test_ranges_share_no_problem(judge, tmp_path, name):
-    """A data set with a row for each of several solutions: a problem counts where it first stands, whatever the range."""
-    rows = [{"id": f"p{i // 3}", "problem": f"{i // 3}+1", "answer": "2", "solution": str(i)} for i in range(12)]
+    """A row for each of several solutions, under the same id or another: a problem counts where it first stands, whatever the range."""
+    rows = [{"id": f"p{i // 3}" if i % 3 < 2 else f"q{i}", "problem": f"{i // 3}+1", "answer": "2", "solution": str(i)} for i in range(12)]
     path = str(tmp_path / name)
     if name == "d.parquet":
         import pyarrow
@@ -335,8 +335,8 @@ def test_bad_responses_give_one_clear_line(judge, tmp_path, content, says):
 
 
 def test_the_script_reports_and_judges_again(tmp_path):
-    data = write(tmp_path / "d.jsonl", GOOD + '{"id": "b", "problem": "?", "answer": "(1,2)"}\n{"id": "c", "problem": "?"}\n'
-                 '{"id": "d", "problem": "?", "answer": "((("}\n')
+    data = write(tmp_path / "d.jsonl", GOOD + '{"id": "b", "problem": "?", "answer": "(1,2)"}\n{"id": "c", "problem": "??"}\n'
+                 '{"id": "d", "problem": "???", "answer": "((("}\n')
     responses = write(tmp_path / "r.jsonl", row() + row(y_init="\\boxed{3}") + row(id="zzz")
                       + row(id="b", revision=0, y_revised="\\boxed{(1, 2)}", y_revised_correct=False))
     code, out, err = script("--data", data, "--responses", responses)

@@ -1,6 +1,6 @@
 """
 Both samplers: what they return, and that weights reach them. The vLLM half runs where vLLM (or its CPU build) is installed.
-Named so that it runs last: vLLM takes the process group down when an engine ends.
+conftest.py runs it last: vLLM takes the process group down when an engine ends.
 """
 import importlib.util
 import os
