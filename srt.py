@@ -14,7 +14,7 @@ command goes on after a kill; responses are kept as token ids too, so nothing is
 
     python srt.py --model Qwen/Qwen3-4B-Instruct-2507 --data open-r1/OpenR1-Math-220k --range 0:10000 --out runs/collect
     torchrun --nproc_per_node 8 srt.py ... the same
-    python srt.py --eval --model runs/sdzero/final --data aime24.jsonl --num_responses 8 --temperature 0.7 --out runs/aime
+    python srt.py --eval --model runs/sdzero/final --data aime24.jsonl --num_responses 8 --temperature 0.7 --max_tokens 32768 --out runs/aime
 """
 import argparse
 import glob
