@@ -287,7 +287,7 @@ def finished(out, target):
     if not os.path.exists(path):
         return False
     with open(path) as f:
-        if json.load(f)["target"] != target:
+        if json.load(f).get("target") != target:
             return False
     if dist.get_rank() == 0:
         print(f"{path} is there already: nothing to do (--fresh starts over)")
