@@ -228,7 +228,7 @@ def main():
     srt.check_lengths(args.teacher, prompts, args.max_tokens)
     max_teacher_len = min(args.max_teacher_len, verify.context_length(args.teacher))
     verify.open_out(args, ranks, FREE)
-    if sft.finished(args):
+    if verify.finished(args.out, "final", steps=args.steps):
         judge.close()
         return dist.destroy_process_group()
     state, progress = sft.last_progress(args.out)
@@ -290,7 +290,8 @@ def main():
                 for (_, i), sample, ok in zip(mine, samples, correct)]
         rows = [r for r in rows if r.y]  # one without room for y has no weight
         counts = torch.tensor([sum(len(r.y) for r in rows), sum(correct), sum(len(s.ids) for s in samples),
-                               sum(s.truncated for s in samples), sum(v.reason in ("timeout", "crash") for v in verdicts)], dtype=torch.float64, device=ranks.device)
+                               sum(s.truncated for s in samples), sum(v.reason in ("timeout", "crash") for v in verdicts)],
+                              dtype=torch.float64, device=ranks.device)
         dist.all_reduce(counts)
         tokens = int(counts[0])  # of the global batch, counted after sampling
         if not tokens:
@@ -313,7 +314,8 @@ def main():
         seconds = sum(clock.seconds.values())
         training = clock.seconds["teacher"] + clock.seconds["student"]
         row |= {"loss": sums[0].item(), "reward": counts[1].item() / args.batch, "response_len": counts[2].item() / args.batch,
-                "truncated": counts[3].item() / args.batch, "judge_failed": counts[4].item() / args.batch, "sync_gap": sums[1].item() / tokens, "grad_norm": norm, "lr": lr,
+                "truncated": counts[3].item() / args.batch, "judge_failed": counts[4].item() / args.batch,
+                "sync_gap": sums[1].item() / tokens, "grad_norm": norm, "lr": lr,
                 "tokens": tokens, "seconds": seconds, **{f"seconds_{k}": v for k, v in clock.seconds.items()},
                 "tokens_per_s": tokens / seconds, "mfu": sft.mfu(flops.item(), training, ranks.world),
                 **sft.memory()}  # what vLLM gives back while it sleeps is counted too

@@ -599,20 +599,6 @@ def resolve_defaults(args, device):
               f"compile {args.compile}, attention {args.attn}", flush=True)
 
 
-def finished(args):
-    """True if a run that was to make as many steps as this one has ended here; summary.json is the last that it writes."""
-    path = os.path.join(args.out, "summary.json")
-    if not os.path.exists(path) or not os.path.isdir(os.path.join(args.out, "final")):
-        return False
-    with open(path) as f:
-        steps = json.load(f)["steps"]
-    if getattr(args, "steps", steps) != steps:  # distill.py told to make more
-        return False
-    if dist.get_rank() == 0:
-        print(f"{args.out}/final is there already: nothing to do (--fresh starts over)")
-    return True
-
-
 def parse_args():
     parser = argparse.ArgumentParser(description="SFT on D_revision (SRT, phase 1b).")
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
@@ -644,7 +630,7 @@ def main():
     if ranks.rank == 0:
         print(f"phrases {family}; " + ", ".join(f"{name} {n}" for name, n in counts.items() if n), flush=True)
     verify.open_out(args, ranks, FREE)
-    if finished(args):
+    if verify.finished(args.out, "final"):
         return dist.destroy_process_group()
     state, progress = last_progress(args.out)
     resolve_defaults(args, ranks.device)

@@ -14,7 +14,8 @@ command goes on after a kill; responses are kept as token ids too, so nothing is
 
     python srt.py --model Qwen/Qwen3-4B-Instruct-2507 --data open-r1/OpenR1-Math-220k --range 0:10000 --out runs/collect
     torchrun --nproc_per_node 8 srt.py ... the same
-    python srt.py --eval --model runs/sdzero/final --data aime24.jsonl --num_responses 8 --temperature 0.7 --max_tokens 32768 --out runs/aime
+    python srt.py --eval --model runs/sdzero/final --data aime24.jsonl --num_responses 8 --temperature 0.7 \\
+        --max_tokens 32768 --out runs/aime
 """
 import argparse
 import glob
@@ -281,19 +282,6 @@ def drop_torn_line(path):
             f.truncate(f.read().rfind(b"\n") + 1)
 
 
-def finished(out, target):
-    """True if a run with this target has ended here; summary.json is the last that it writes."""
-    path = os.path.join(out, "summary.json")
-    if not os.path.exists(path):
-        return False
-    with open(path) as f:
-        if json.load(f).get("target") != target:
-            return False
-    if dist.get_rank() == 0:
-        print(f"{path} is there already: nothing to do (--fresh starts over)")
-    return True
-
-
 def write_rows(path, rows):
     verify.write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -410,7 +398,7 @@ def main():
              f"revisions give at most {reachable}; lower it, or raise --num_responses or --num_revisions")
     target = 0 if args.eval else 6000 if args.target is None else args.target
     verify.open_out(args, ranks, FREE)
-    if finished(args.out, target):
+    if verify.finished(args.out, "responses.jsonl", target=target):
         judge.close()
         return dist.destroy_process_group()
     rounds = 2 if args.num_revisions else 1

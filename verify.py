@@ -145,6 +145,24 @@ def hold(folder, seconds=5):
             return
 
 
+def finished(out, product, **wanted):
+    """True, and says so, if a run has ended here: summary.json, the last that it writes, has these values."""
+    path = os.path.join(out, "summary.json")
+    if not os.path.exists(path) or not os.path.exists(os.path.join(out, product)):
+        return False
+    with open(path) as f:
+        if not wanted.items() <= json.load(f).items():
+            return False
+    say(f"{out}/{product} is there already: nothing to do (--fresh starts over)")
+    return True
+
+
+def say(message):
+    """Prints on one rank, also before there is a process group."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+
+
 def write_atomically(path, text):
     with open(path + ".tmp", "w") as f:
         f.write(text)
@@ -313,10 +331,11 @@ def load_problems(data, judge, mode="math", range_=None, max_problems=None):
         id_ = str(next((row[k] for k in ("id", "uuid") if row.get(k) is not None), f"{stem}-{i}"))
         if seen.setdefault(id_, (where, text))[1] != text:
             fail(f"{where}: id {id_!r} stands already at {seen[id_][0]}, with another problem; ids must differ")
-        if text and str(text).strip() in texts:  # codeforces-cots has a row for each of several solutions
+        words = str(text).strip()
+        if words and words in texts:  # codeforces-cots has a row for each of several solutions
             dropped["same problem as in an earlier row"] += i >= start
             continue
-        texts.add(str(text).strip())
+        texts.add(words)
         if i < start:
             continue
         if not isinstance(text, str):
@@ -923,8 +942,8 @@ def check_sandbox():
         fail(f"--mode code: the sandbox knows {' and '.join(FORBIDDEN)}, this machine is {platform.machine()}{refuse}")
     with contextlib.suppress(RuntimeError):
         if run_program("cat", {}, b"ok", seconds=10).output == b"ok":
-            if not installed(LANGUAGES[1]) and os.environ.get("RANK", "0") == "0":
-                print("note: no g++ here, so no program in C++ counts as an answer; apt-get install g++", flush=True)
+            if not installed(LANGUAGES[1]):
+                say("note: no g++ here, so no program in C++ counts as an answer; apt-get install g++")
             return
     fail("--mode code: bubblewrap is installed but makes no sandbox here; it must be 0.8 or newer and may need user "
          "namespaces allowed (sysctl kernel.apparmor_restrict_unprivileged_userns=0; for a container docker run "
@@ -1091,8 +1110,8 @@ class Judge:
     """
 
     def __init__(self, workers=None, limit=5.0, memory=4.0, program_memory=1.0, sandbox=True):
-        if not sandbox and os.environ.get("RANK", "0") == "0":
-            print(f"--unsafe_no_sandbox: {UNSAFE}", flush=True)
+        if not sandbox:
+            say(f"--unsafe_no_sandbox: {UNSAFE}")
         workers = workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.limit, self.memory, self.program_memory, self.sandbox = limit, memory, program_memory, sandbox
         self.known = {}  # a verdict is a pure function of two strings, asked again for every sample of a problem

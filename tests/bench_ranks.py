@@ -9,19 +9,15 @@ the last counts: what compiles has compiled.
 """
 import argparse
 import json
-import os
 import random
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from bench_step import make_shape
+from conftest import read, run
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 import sft
 import verify
 from kl import chunked_ce
@@ -48,17 +44,8 @@ def fixed_batch(model_folder):
     dist.destroy_process_group()
 
 
-def run(script, ranks, *args):
-    """Runs a script with so many ranks; ends this one with the end of its output if it fails."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), str(script),
-                           *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        sys.exit(f"{script}:\n{done.stdout[-3000:]}")
-    return done.stdout
-
-
-def show(output, start):
-    for line in output.splitlines():
+def show(done, start):
+    for line in done.stdout.splitlines():
         if line.startswith(start):
             print(line, flush=True)
 
@@ -86,23 +73,22 @@ def main():
     speed = {}
     for ranks in args.ranks:
         if "fixed" in args.only:
-            show(run(__file__, ranks, "--fixed", "--model", args.model), "fixed batch")
+            show(run("tests/bench_ranks.py", "--fixed", "--model", args.model, nproc=ranks), "fixed batch")
         if "srt" in args.only:
             out = folder / f"srt{ranks}"
-            run(ROOT / "srt.py", ranks, *common, "--eval", "--max_problems", per_rank[0] * ranks, "--max_tokens", per_rank[1], "--out", out)
+            run("srt.py", *common, "--eval", "--max_problems", per_rank[0] * ranks, "--max_tokens", per_rank[1], "--out", out, nproc=ranks)
             summary = json.loads((out / "summary.json").read_text())
             speed["srt", ranks] = summary["tokens_per_second"]
             print(f"srt.py, {ranks} rank(s): {speed['srt', ranks]:.0f} tok/s, of each rank {summary['tokens_per_rank']}", flush=True)
         if "distill" in args.only:
             out = folder / f"distill{ranks}"
-            show(run(ROOT / "distill.py", ranks, *common, "--batch", tokens[0] * ranks, "--max_tokens", tokens[1], "--steps", args.steps,
-                     "--lr", "1e-6", "--vllm_memory", "0.2", "--max_sync_gap", "1", "--save_every", "1000", "--out", out), "step ")
-            speed["distill", ranks] = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["tokens_per_s"]
+            show(run("distill.py", *common, "--batch", tokens[0] * ranks, "--max_tokens", tokens[1], "--steps", args.steps, "--lr", "1e-6",
+                     "--vllm_memory", "0.2", "--max_sync_gap", "1", "--save_every", "1000", "--out", out, nproc=ranks), "step ")
+            speed["distill", ranks] = read(out / "metrics.jsonl")[-1]["tokens_per_s"]
     for (script, ranks), value in speed.items():
         first = speed[script, args.ranks[0]]
         print(f"{script:8s} {ranks} rank(s) {value:10.0f} tok/s  {value / first:.2f} x {args.ranks[0]} rank(s)", flush=True)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main()

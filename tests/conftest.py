@@ -2,6 +2,7 @@
 import fcntl
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,11 @@ def run(script, *args, nproc=0, ok=True, seconds=300, env=None):
                           env={**os.environ, **(env or {})})
     assert (done.returncode == 0) == ok, f"exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done
+
+
+def seconds_of_children():
+    """CPU seconds of all processes that this one has waited for: what they worked, however busy the machine."""
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
 def read(path):

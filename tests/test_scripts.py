@@ -85,6 +85,7 @@ def test_collection_goes_on(collected, qwen, problems_file, tmp_path):
     assert before <= set(open(out / "responses.jsonl"))
     written = (out / "summary.json").read_text()
     assert "nothing to do" in collect(out, qwen, problems_file).stdout and (out / "summary.json").read_text() == written
+    assert read(out / "responses.jsonl") == read(f"{collected}/responses.jsonl")
     collect(out, qwen, problems_file, "--fresh", "--max_problems", 3)
     assert len(read(out / "responses.jsonl")) == 9
     assert [name for name in os.listdir(tmp_path) if name.startswith("out[1].old-")]

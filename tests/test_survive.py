@@ -15,7 +15,7 @@ import chaos
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import REPO, make_rows, read
+from conftest import REPO, make_rows, read, seconds_of_children
 
 import sft
 import srt
@@ -183,7 +183,7 @@ def test_changed_flags(inputs, whole, tmp_path):
     start("--steps", 2)
     for script, place, changes in (("distill.py", out, [("--kl", "forward")]), ("sft.py", whole / "sft.py", [
             ("--seed", 1), ("--batch", 5), ("--objective", "sum"), ("--max_len", 900)]),
-            ("srt.py", whole / "srt.py", [("--range", "0:9")])):
+            ("srt.py", whole / "srt.py", [("--range", "0:9"), ("--phrases", "paper")])):
         recorded = (place / "flags.json").read_text()
         for flag, value in changes:
             _, err = go(script, [*inputs[script], "--out", place, flag, value], tmp_path, ok=False)
@@ -531,11 +531,14 @@ verify.py   --mode poem                             invalid choice
 
 
 def test_bad_input(bad, inputs, tmp_path):
-    """Each case: one line on stderr that names what is wrong, a non-zero exit, within 10 s where no other tests run, nothing half-written."""
+    """
+    Each case: one line on stderr that names what is wrong, a non-zero exit within 10 s of its own time (the clock's bound is
+    wider, for other tests run meanwhile), nothing half-written.
+    """
     model, problems = inputs["srt.py"][1], bad / "good.jsonl"
     commands = {**inputs, "verify.py": ["--data", problems],
                 "kl.py": ["--student", model, "--teacher", model, "--responses", bad / "all_right.jsonl"]}
-    wrong, cases, took = [], BAD.strip().splitlines(), []
+    wrong, cases = [], BAD.strip().splitlines()
     without_vllm = lambda rank: setattr(srt.importlib.util, "find_spec", lambda name: None)
     for number, case in enumerate(cases):
         script, rest = case.split(None, 1)
@@ -543,15 +546,14 @@ def test_bad_input(bad, inputs, tmp_path):
         flags = flags.replace("{", f"{bad}/").replace("}", "").split()
         out, before = tmp_path / str(number), sorted(bad.rglob("*"))
         args = [*commands[script], *([] if script == "verify.py" else ["--out", out]), *flags]
-        log, began = tmp_path / f"log{number}", time.time()
+        log, began, used = tmp_path / f"log{number}", time.time(), seconds_of_children()
         run = chaos.Forked(script, args, 1, log, patch=without_vllm if "vllm" in flags else lambda rank: None)
         ended_well = run.wait(60)
-        took.append(time.time() - began)
+        took, used = time.time() - began, seconds_of_children() - used
         err = Path(f"{log}.err").read_text().replace("\r", "\n")
         lines = [line for line in err.splitlines() if "error:" in line]
         written = set(os.listdir(out)) - {"flags.json"} if out.exists() else None
-        if (ended_well or took[-1] > 60 or "Traceback" in err or len(lines) != 1 or want not in lines[0] or written
+        if (ended_well or took > 60 or used > 10 or "Traceback" in err or len(lines) != 1 or want not in lines[0] or written
                 or sorted(bad.rglob("*")) != before):
-            wrong.append(f"{case}\n    {took[-1]:.1f} s, written {written}: {err[-600:]}")
+            wrong.append(f"{case}\n    {took:.1f} s, {used:.1f} s of its own, written {written}: {err[-600:]}")
     assert len(cases) >= 40 and not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
-    assert sorted(took)[len(took) // 2] < 10  # other tests may slow down some

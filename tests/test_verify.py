@@ -8,7 +8,6 @@ import functools
 import json
 import random
 import re
-import resource
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 
 import verify  # noqa: E402
+from conftest import seconds_of_children  # noqa: E402
 
 TYPES = {"integer", "decimal", "percent", "fraction", "mixed number", "radical", "pi", "scientific", "interval", "set", "tuple",
          "several answers", "equation", "expression", "matrix", "units", "text", "multiple choice", "degrees", "money"}
@@ -359,11 +359,10 @@ def test_gold_answers_of_several_data_sets(fields, answer):
 
 def test_start_up_of_the_pool():
     """Under 2 s of each worker's own time, for other tests run meanwhile; tests/bench_verify.py looks at the clock."""
-    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-    before = used()
+    before = seconds_of_children()
     with verify.Judge(workers=2) as judge:
         judge([math("5")], ["\\boxed{5}"])
-    assert 0 < used() - before < 2 * 2
+    assert 0 < seconds_of_children() - before < 2 * 2
 
 
 def test_counts_of_the_labelled_set():
