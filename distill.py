@@ -59,20 +59,19 @@ def make_row(tokenizer, family, x, sample, correct, max_teacher_len):
 
 def micro_batches(rows, side, budget, device):
     """
-    Packs `before + y` of all rows, before = row.x or row.seen. Yields (numbers of the rows, Batch, positions that predict
-    their y). Every rank yields equally often; an empty share is a dummy of two tokens, of which one is selected and has weight 0.
+    Packs `before + y` of all rows, before = row.x or row.seen. A list of (numbers of the rows, Batch, positions that predict
+    their y), all on the device, as long on every rank; an empty share is a dummy of two tokens, one selected, with weight 0.
     """
-    full = [getattr(row, side) + row.y for row in rows]
+    full, packed = [getattr(row, side) + row.y for row in rows], []
     for members in sft.same_number(sft.pack(list(map(len, full)), budget), device):
-        if not members:
-            yield [], sft.make_batch([[0, 0]], device), torch.tensor([0]).to(device)
-            continue
         select, offset = [], 0
         for i in members:
             first = offset + len(full[i]) - len(rows[i].y) - 1
             select.extend(range(first, first + len(rows[i].y)))
             offset += len(full[i])
-        yield members, sft.make_batch([full[i] for i in members], device), torch.tensor(select).to(device)
+        packed.append((members, sft.make_batch([full[i] for i in members] or [[0, 0]], device),
+                       torch.tensor(select or [0]).to(device)))
+    return packed
 
 
 def teacher_states(teacher, rows, budget, device):
@@ -92,15 +91,15 @@ def student_pass(student, rows, states, teacher_head, tokens, args, ranks):
     the student. Returns this rank's share of the loss, and its sum of |log pi_sampler(y_t) - log pi_trainer(y_t)|.
     """
     loss_sum, gap_sum = torch.zeros(2, device=ranks.device)
-    width = teacher_head.shape[1]
+    logprobs = [torch.tensor(row.logprobs).to(ranks.device) for row in rows]
     for members, batch, select in micro_batches(rows, "x", args.micro_tokens, ranks.device):
-        states_y = torch.cat([states[i] for i in members] or [teacher_head.new_zeros(1, width)])  # [n, H]
-        y = torch.tensor([t for i in members for t in rows[i].y] or [0]).to(ranks.device)
-        sampled = torch.tensor([p for i in members for p in rows[i].logprobs] or [0.0]).to(ranks.device)
+        # from here to the next micro-batch the host waits for nothing
+        states_y = torch.cat([states[i] for i in members] or [torch.zeros_like(teacher_head[:1])])  # [n, H]
+        sampled = torch.cat([logprobs[i] for i in members] or [torch.zeros(1, device=ranks.device)])  # [n]
         # FSDP averages gradients over ranks; times world makes that a sum over the global batch
         weight = torch.full_like(sampled, ranks.world / tokens if members else 0.0)
         loss, _, logp = student(batch, select, lambda hidden, head: chunked_kl(
-            hidden, head, states_y, teacher_head, weight, args.kl, args.topk, targets=y))
+            hidden, head, states_y, teacher_head, weight, args.kl, args.topk, targets=batch.ids[select + 1]))
         loss.backward()
         loss_sum += loss.detach() / ranks.world
         gap_sum += (logp - sampled).abs().sum() * bool(members)

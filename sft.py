@@ -46,6 +46,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import verify
 from kl import chunked_ce
@@ -58,6 +59,14 @@ FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype attn checkp
 
 # fewer heads of k and v than of q: torch 2.11 takes them without the flag
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+# the compiler, where it chooses what to recompute, must know that attention is dear: torch 2.11 has no count of its operations
+torch._functorch.config.is_non_builtin_to_include = True
+if torch.ops.torch_attn._varlen_attn not in flop_registry:
+    @register_flop_formula(torch.ops.torch_attn._varlen_attn)
+    def attention_flops(q, k, v, starts_q, starts_k, longest, *_, **__):  # q is a shape, (T, H, D)
+        return 2 * math.prod(q) * longest
 
 
 def packed_attention(module, q, k, v, attention_mask, scaling=None, sliding_window=None, cu_seq_lens_q=None,
@@ -153,15 +162,16 @@ def load_model(path, ranks, mesh, dtype, attn="packed", trainable=True, checkpoi
     held = torch.float32 if trainable else dtype
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     torch._dynamo.config.recompile_limit = 64  # student, teacher and ranges of lengths share the code of a layer
-    if trainable:  # compiled, the compiler chooses what to recompute: faster than whole blocks, and as small
-        torch._functorch.config.activation_memory_budget = 0.3 if checkpointing else 1.0
+    keep = trainable and not checkpointing  # activations for the backward pass, and the weights that the forward pass gathered
+    if trainable:  # compiled, the compiler chooses what to recompute: faster than whole blocks, and as small; 0.85 costs no time
+        torch._functorch.config.activation_memory_budget = 0.3 if checkpointing else 0.85
     for layer in model.get_decoder().layers:
         if compile:
             layer.forward = torch.compile(layer.forward)
         elif checkpointing:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
         layer.to(ranks.device, held)
-        fully_shard(layer, **options)
+        fully_shard(layer, **options, reshard_after_forward=not keep)
     for p in model.parameters():  # embedding, final norm and head; a tied head stays one tensor
         if not isinstance(p, DTensor):
             p.data = p.data.to(ranks.device, held)
@@ -579,7 +589,8 @@ def add_training_flags(parser):
     parser.add_argument("--micro_tokens", type=natural, default=16384, help="tokens of a packed micro-batch on one rank")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of compute; default: bfloat16 on cuda, float32 on cpu")
     parser.add_argument("--attn", choices=("packed", "flash_attention_2"), default="packed", help="packed: torch's varlen_attn")
-    parser.add_argument("--checkpointing", type=int, choices=(0, 1), help="recompute activations; default: 1 on cuda")
+    parser.add_argument("--checkpointing", type=int, choices=(0, 1), help="1 (default on cuda): recompute activations; 0: "
+                        "keep them, and gathered weights too: faster, and larger")
     parser.add_argument("--compile", type=int, choices=(0, 1), help="torch.compile each block; default: 1 on cuda")
     parser.add_argument("--phrases", choices=sorted(verify.PHRASES), help="P_r family; default: what the model records")
     parser.add_argument("--seed", type=int, default=0)

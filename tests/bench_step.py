@@ -157,6 +157,61 @@ def compare_sampler(sampler, tokenizer, number=128, tokens=512):
             + f"; stream / bare {speed['stream'] / speed['bare']:.3f}", flush=True)
 
 
+# ------------------------------------------------------------------------------------------------ what fits
+
+GIB, BATCH, MICRO = 2**30, 64, 16384
+
+
+def measure_memory(folder, length, student, teacher, optimizer, ranks):
+    """
+    Peak GiB of training in a step of distill.py, without vLLM: BATCH responses of `length` tokens after 128 of prompt. The
+    student walks through two micro-batches; the teacher's hidden states of the other responses are there, but not computed.
+    """
+    import distill
+    vocabulary, width = student.config.vocab_size, student.config.hidden_size
+    number = max(2, math.ceil(2 * MICRO / (length + 128)))
+    ids = lambda n: torch.randint(4, vocabulary, (n,)).tolist()
+    rows = [distill.Row(ids(128), ids(length + 138), ids(length), [-12.0] * length) for _ in range(number)]
+    args = argparse.Namespace(micro_tokens=MICRO, kl="reverse", topk=0)
+    head = teacher.get_output_embeddings().weight.full_tensor()
+    others = torch.empty((BATCH - number) * length, width, dtype=torch.bfloat16, device=ranks.device)
+    for _ in range(2):  # the second has the optimizer's moments from its start
+        torch.cuda.synchronize()
+        sft.memory()
+        states = distill.teacher_states(teacher, rows, MICRO, ranks.device)
+        distill.student_pass(student, rows, states, head, number * length, args, ranks)
+        sft.optimizer_step(student, optimizer, 1e-6, 1.0)
+    del others
+    return sft.memory()["peak_gb"]
+
+
+def memory_table(ranks):
+    """Measured on this GPU, in brackets the formula of README; the formula alone for what needs other machines."""
+    print(f"GiB per GPU while distill.py trains, {BATCH} responses per step, --micro_tokens {MICRO}; measured on one GPU (formula)")
+    for shape in ("0.6B", "1.7B", "4B", "8B"):
+        folder = f"/tmp/bench-{shape}"
+        hidden, inner, layers, heads, kv_heads, head_dim, vocabulary = SHAPES[shape]
+        weights = layers * (2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * inner) + vocabulary * hidden * (
+            2 if shape == "8B" else 1)
+        models = None
+        if shape != "8B":
+            make_shape(folder, shape)
+            student = sft.load_model(folder, ranks, sft.make_mesh(ranks), torch.bfloat16, checkpointing=True, compile=True)
+            teacher = sft.load_model(folder, ranks, sft.make_mesh(ranks), torch.bfloat16, trainable=False, compile=True)
+            models = student, teacher, sft.make_optimizer(student, 0.0, (0.9, 0.999))
+        cells = []
+        for length in (2048, 8192, 16384):
+            one, two = ((18 * weights / gpus + 2 * vocabulary * hidden + BATCH / gpus * length * hidden * 2) / GIB for gpus in (1, 2))
+            measured = f"{measure_memory(folder, length, *models, ranks):.1f}" if models else "-"
+            cells.append(f"{length}: {measured} ({one:.1f} + activations) on one, ({two:.1f} + activations) on two")
+        print(f"{shape}, {weights / 1e9:.2f}e9 weights: " + "; ".join(cells), flush=True)
+        if models:
+            del student, teacher, models
+            shutil.rmtree(folder)
+            torch.cuda.empty_cache()
+            torch._dynamo.reset()
+
+
 # ------------------------------------------------------------------------------------------- against TRL's SDFT trainer
 # Both train the 4B shape for five steps of 32 prompts of 128 tokens: three with responses of 1,024 tokens, two with
 # log-normal lengths. The first word of a prompt tells its row, the row its length; nothing else is done to either.
@@ -303,6 +358,7 @@ def main():
     parser.add_argument("--peer", action="store_true", help="distill.py against TRL's SDFT trainer, and stop")
     parser.add_argument("--child", choices=("ours", "TRL"), help=argparse.SUPPRESS)
     parser.add_argument("--state", metavar="FOLDER", help="save and load the state of an sft row there too, timed")
+    parser.add_argument("--memory", action="store_true", help="what fits: peak memory of training in distill.py, by shape, and stop")
     parser.add_argument("--repeats", type=int, default=4)
     args = parser.parse_args()
     args.model = args.model or f"/tmp/bench-{args.shape}"
@@ -313,6 +369,9 @@ def main():
     if args.child:
         return {"ours": ours_child, "TRL": trl_child}[args.child](args.model)
     ranks = verify.launch()
+    if args.memory:
+        memory_table(ranks)
+        return dist.destroy_process_group()
     if ranks.rank == 0 and not Path(args.model, "config.json").exists():
         make_shape(args.model, args.shape)
     dist.barrier()
