@@ -61,12 +61,10 @@ FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype attn checkp
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-# the compiler, where it chooses what to recompute, must know that attention is dear: torch 2.11 has no count of its operations
-torch._functorch.config.is_non_builtin_to_include = True
-if torch.ops.torch_attn._varlen_attn not in flop_registry:
+if torch.ops.torch_attn._varlen_attn not in flop_registry:  # torch 2.11; the compiler would think it free to compute again
     @register_flop_formula(torch.ops.torch_attn._varlen_attn)
-    def attention_flops(q, k, v, starts_q, starts_k, longest, *_, **__):  # q is a shape, (T, H, D)
-        return 2 * math.prod(q) * longest
+    def attention_flops(q, k, v, starts_q, starts_k, longest, *_, **__):  # q is a shape, (T, H, D); no mask, as torch counts
+        return 4 * math.prod(q) * longest
 
 
 def packed_attention(module, q, k, v, attention_mask, scaling=None, sliding_window=None, cu_seq_lens_q=None,
@@ -165,6 +163,7 @@ def load_model(path, ranks, mesh, dtype, attn="packed", trainable=True, checkpoi
     keep = trainable and not checkpointing  # activations for the backward pass, and the weights that the forward pass gathered
     if trainable:  # compiled, the compiler chooses what to recompute: faster than whole blocks, and as small; 0.85 costs no time
         torch._functorch.config.activation_memory_budget = 0.3 if checkpointing else 0.85
+        torch._functorch.config.is_non_builtin_to_include = checkpointing  # attention is among what it may keep
     for layer in model.get_decoder().layers:
         if compile:
             layer.forward = torch.compile(layer.forward)

@@ -159,10 +159,10 @@ def compare_sampler(sampler, tokenizer, number=128, tokens=512):
 
 # ------------------------------------------------------------------------------------------------ what fits
 
-GIB, BATCH, MICRO = 2**30, 64, 16384
+BATCH, MICRO = 64, 16384
 
 
-def measure_memory(folder, length, student, teacher, optimizer, ranks):
+def measure_memory(length, student, teacher, optimizer, ranks):
     """
     Peak GiB of training in a step of distill.py, without vLLM: BATCH responses of `length` tokens after 128 of prompt. The
     student walks through two micro-batches; the teacher's hidden states of the other responses are there, but not computed.
@@ -174,9 +174,8 @@ def measure_memory(folder, length, student, teacher, optimizer, ranks):
     rows = [distill.Row(ids(128), ids(length + 138), ids(length), [-12.0] * length) for _ in range(number)]
     args = argparse.Namespace(micro_tokens=MICRO, kl="reverse", topk=0)
     head = teacher.get_output_embeddings().weight.full_tensor()
-    others = torch.empty((BATCH - number) * length, width, dtype=torch.bfloat16, device=ranks.device)
+    others = torch.empty((BATCH - number) * length, width, dtype=head.dtype, device=ranks.device)
     for _ in range(2):  # the second has the optimizer's moments from its start
-        torch.cuda.synchronize()
         sft.memory()
         states = distill.teacher_states(teacher, rows, MICRO, ranks.device)
         distill.student_pass(student, rows, states, head, number * length, args, ranks)
@@ -185,29 +184,39 @@ def measure_memory(folder, length, student, teacher, optimizer, ranks):
     return sft.memory()["peak_gb"]
 
 
+def expected_memory(shape, length, gpus):
+    """
+    The same in GiB by a formula: 18 bytes per weight (fp32 weight, gradient and two moments, the teacher's bf16) over the
+    GPUs; per vocabulary entry and hidden number 2 for the teacher's head and 4.7 in the KL; 1.4 GiB of its tiles; per token of a
+    micro-batch and layer 2.3 bytes x (hidden + inner + heads x head_dim); the teacher's hidden states. The constants 4.7, 1.4
+    and 2.3 are fitted to the measurements.
+    """
+    hidden, inner, layers, heads, kv_heads, head_dim, vocabulary = SHAPES[shape]
+    layer = 2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * inner
+    weights = layers * layer + vocabulary * hidden * (2 if shape == "8B" else 1)  # its head is not tied
+    tokens = max(1, MICRO // (length + 128)) * (length + 128)
+    return (18 * weights / gpus + 6.7 * vocabulary * hidden + 2.3 * tokens * layers * (hidden + inner + heads * head_dim)
+            + 2 * BATCH / gpus * length * hidden) / 2**30 + 1.4
+
+
 def memory_table(ranks):
-    """Measured on this GPU, in brackets the formula of README; the formula alone for what needs other machines."""
-    print(f"GiB per GPU while distill.py trains, {BATCH} responses per step, --micro_tokens {MICRO}; measured on one GPU (formula)")
+    print(f"GiB per GPU while distill.py trains, {BATCH} responses per step, micro-batches of {MICRO} tokens, vLLM asleep")
+    print("shape   response   one GPU, measured   by formula   two GPUs, by formula")
     for shape in ("0.6B", "1.7B", "4B", "8B"):
-        folder = f"/tmp/bench-{shape}"
-        hidden, inner, layers, heads, kv_heads, head_dim, vocabulary = SHAPES[shape]
-        weights = layers * (2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * inner) + vocabulary * hidden * (
-            2 if shape == "8B" else 1)
         models = None
-        if shape != "8B":
-            make_shape(folder, shape)
-            student = sft.load_model(folder, ranks, sft.make_mesh(ranks), torch.bfloat16, checkpointing=True, compile=True)
-            teacher = sft.load_model(folder, ranks, sft.make_mesh(ranks), torch.bfloat16, trainable=False, compile=True)
+        if torch.cuda.is_available() and expected_memory(shape, 2048, 1) < torch.cuda.mem_get_info()[0] / 2**30:
+            folder, mesh = f"/tmp/bench-{shape}", sft.make_mesh(ranks)
+            if not Path(folder, "config.json").exists():
+                make_shape(folder, shape)
+            student = sft.load_model(folder, ranks, mesh, torch.bfloat16, checkpointing=True, compile=True)
+            teacher = sft.load_model(folder, ranks, mesh, torch.bfloat16, trainable=False, compile=True)
             models = student, teacher, sft.make_optimizer(student, 0.0, (0.9, 0.999))
-        cells = []
         for length in (2048, 8192, 16384):
-            one, two = ((18 * weights / gpus + 2 * vocabulary * hidden + BATCH / gpus * length * hidden * 2) / GIB for gpus in (1, 2))
-            measured = f"{measure_memory(folder, length, *models, ranks):.1f}" if models else "-"
-            cells.append(f"{length}: {measured} ({one:.1f} + activations) on one, ({two:.1f} + activations) on two")
-        print(f"{shape}, {weights / 1e9:.2f}e9 weights: " + "; ".join(cells), flush=True)
+            measured = f"{measure_memory(length, *models, ranks):.1f}" if models else "-"
+            print(f"{shape:7s} {length:8d} {measured:>19s} {expected_memory(shape, length, 1):12.1f} "
+                  f"{expected_memory(shape, length, 2):22.1f}", flush=True)
         if models:
             del student, teacher, models
-            shutil.rmtree(folder)
             torch.cuda.empty_cache()
             torch._dynamo.reset()
 
