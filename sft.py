@@ -75,7 +75,7 @@ def packed_attention(module, q, k, v, attention_mask, scaling=None, sliding_wind
     Registered with transformers under the name "packed"; a layer's sliding_window w lets a token see w tokens, itself
     included. CUDA: torch's varlen_attn. CPU: one scaled_dot_product_attention per row (`segments`: the row starts).
     """
-    if q.is_cuda:
+    if segments is None:
         q, k, v = (a[0].transpose(0, 1) for a in (q, k, v))  # [T, H, D]
         window = (sliding_window - 1 if sliding_window else -1, 0)
         out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,

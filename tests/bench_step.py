@@ -30,6 +30,7 @@ What was tried (one H200, torch 2.11, transformers 5.17, vLLM 0.26, trl 1.16), a
     first copy and 3.4 s for later ones; now memory is taken while the first step runs (6.9 s), and each copy takes 3.3-3.5 s.
 """
 import argparse
+import gc
 import importlib.util
 import json
 import math
@@ -39,6 +40,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -93,6 +95,24 @@ def measure(step, batches, warm_up=2):
         step(batch)
     sync()
     return (time.perf_counter() - start) / len(batches), sft.memory()["peak_gb"]
+
+
+def host_syncs(f):
+    """How often f makes the host wait for the GPU."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        f()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def free():
+    gc.collect()  # a model holds its forward, which holds the model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def draw_lengths(number, longest, seed):
@@ -217,7 +237,7 @@ def memory_table(ranks):
                   f"{expected_memory(shape, length, 2):22.1f}", flush=True)
         if models:
             del student, teacher, models
-            torch.cuda.empty_cache()
+            free()
             torch._dynamo.reset()
 
 
@@ -388,7 +408,7 @@ def main():
     if ranks.rank == 0:
         print(f"{args.shape}, rows {args.rows}, {ranks.world} rank(s), {dtype}, torch {torch.__version__}, "
               f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}")
-        print(f"{'':28s} {'s':>8s} {'tok/s per rank':>15s} {'model TFLOP/s':>14s} {'MFU':>6s} {'peak GiB':>9s} {'graphs':>7s}")
+        print(f"{'':28s} {'s':>8s} {'tok/s per rank':>15s} {'model TFLOP/s':>14s} {'MFU':>6s} {'peak GiB':>9s} {'graphs':>7s} {'syncs':>6s}")
     for what in args.only:
         kind, checkpointing, compile = what.split()[0], what.split()[1], what.split()[2] == "1"
         model = sft.load_model(args.model, ranks, sft.make_mesh(ranks), dtype, trainable=kind == "sft",
@@ -404,7 +424,7 @@ def main():
             batches.append(sft.make_batch([torch.randint(4, model.config.vocab_size, (n,), generator=generator).tolist()
                                            for n in lengths], ranks.device))
 
-        def step(batch):
+        def micro_batch(batch):
             T = len(batch.ids)
             select = torch.arange(T, device=ranks.device)
             if kind == "teacher":
@@ -412,9 +432,14 @@ def main():
                     return model(batch, select, lambda hidden, head: hidden)
             weights = torch.full((T,), 1 / T, device=ranks.device)
             model(batch, select, lambda hidden, head: chunked_ce(hidden, head, batch.ids.roll(-1), weights))[0].backward()
-            sft.optimizer_step(model, optimizer, 1e-6, 1.0)
+
+        def step(batch):
+            micro_batch(batch)
+            if optimizer:
+                sft.optimizer_step(model, optimizer, 1e-6, 1.0)
 
         seconds, peak = measure(step, batches, len(batches) if args.varied else 2)
+        syncs = host_syncs(lambda: micro_batch(batches[0]))
         tokens = sum(len(batch.ids) for batch in batches) / len(batches)
         flops = (3 if kind == "sft" else 1) / len(batches) * sum(sft.forward_flops(
             model.config, [b - a for a, b in zip(batch.segments, batch.segments[1:])],
@@ -424,12 +449,11 @@ def main():
             name = f"{kind}, checkpointing {checkpointing}, compile {int(compile)}"
             print(f"{name:28s} {seconds:8.3f} {tokens / seconds:15.0f} {flops / seconds / 1e12:14.1f} "
                   f"{f'{share:.1%}' if share else '-':>6s} {peak:9.1f} "
-                  f"{torch._dynamo.utils.counters['stats']['unique_graphs']:7d}", flush=True)
+                  f"{torch._dynamo.utils.counters['stats']['unique_graphs']:7d} {syncs:6d}", flush=True)
         if args.state and kind == "sft":
             time_state(args.state, sft.training_state(model, optimizer), ranks)
-        del model, optimizer, step
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        del model, optimizer, micro_batch, step
+        free()
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
     dist.destroy_process_group()

@@ -1,12 +1,14 @@
 """The trainer: what each side reads, packed attention, and one loss however the batch is split."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.attention.varlen as varlen
 from conftest import REPO, make_rows, read
 from transformers import AutoModelForCausalLM
 
@@ -130,10 +132,10 @@ def test_pack():
 # ------------------------------------------------------------------------------- one loss, however it is split
 
 
-def step_of(ranks, folder, rows, mine, budget, kind="reverse"):
-    """Loss, gap and whole gradients of one step in which this rank has the rows `mine`."""
+def step_of(ranks, folder, rows, mine, budget, kind="reverse", **how):
+    """Loss, gap and whole gradients of one step in which this rank has the rows `mine`; how: the student is loaded."""
     mesh = sft.make_mesh(ranks)
-    student = sft.load_model(folder, ranks, mesh, torch.float32)
+    student = sft.load_model(folder, ranks, mesh, torch.float32, **how)
     teacher = sft.load_model(folder, ranks, mesh, torch.float32, trainable=False)
     args = type("Args", (), {"micro_tokens": budget, "kl": kind, "topk": 0})
     states = distill.teacher_states(teacher, [rows[i] for i in mine], budget, ranks.device)
@@ -161,6 +163,49 @@ def test_micro_batches_do_not_change_the_step(ranks, qwen, problems_file):
         assert_same(whole, step_of(ranks, qwen, rows, range(8), budget))
     order = [3, 1, 7, 0, 5, 2, 6, 4]
     assert_same(whole, step_of(ranks, qwen, rows, order, 300))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_checkpointing_does_not_change_the_step(ranks, qwen, problems_file, compile):
+    if compile and not shutil.which("g++"):
+        pytest.skip("torch.compile needs g++ on a CPU")
+    rows = sampled_rows(verify.load_tokenizer(qwen), "qwen", problems_file)[:2]
+    plain = step_of(ranks, qwen, rows, range(2), 10**6)
+    assert_same(plain, step_of(ranks, qwen, rows, range(2), 10**6, checkpointing=True, compile=compile))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
+def test_checkpointing_keeps_attention(ranks, qwen):
+    """What a GPU does, with a stand-in for its kernel: compiled, attention is not computed again for the backward pass."""
+    calls = []
+
+    def attend(q, k, v, *_):
+        calls.append("forward")
+        return q.clone(), torch.zeros(q.shape[1], q.shape[0]), torch.zeros(2, dtype=torch.uint64)
+
+    def attend_backward(grad, q, k, v, *_):
+        calls.append("backward")
+        return q.clone(), k.clone(), v.clone()
+
+    varlen._varlen_attn.register_kernel("cpu", attend)
+    varlen._varlen_attn_backward.register_kernel("cpu", attend_backward)
+    torch._dynamo.reset()
+    model = sft.load_model(qwen, ranks, sft.make_mesh(ranks), torch.float32, checkpointing=True, compile=True)
+    batch = sft.make_batch([[5] * 64] * 4, ranks.device)._replace(segments=None)
+    model(batch, torch.arange(256), lambda hidden, head: hidden.sum()).backward()
+    layers = model.config.num_hidden_layers
+    assert calls == ["forward"] * layers + ["backward"] * layers
+
+
+def test_micro_batches_wait_for_nothing(ranks, qwen, problems_file):
+    """All that goes to the device is there before the first of them, equally many on each side; no token of a row is lost."""
+    rows = sampled_rows(verify.load_tokenizer(qwen), "qwen", problems_file)[:8]
+    for side in ("x", "seen"):
+        packed = distill.micro_batches(rows, side, 300, ranks.device)
+        assert sorted(i for members, _, _ in packed for i in members) == list(range(8))
+        for members, batch, select in packed:
+            assert batch.ids.tolist() == [t for i in members for t in getattr(rows[i], side) + rows[i].y]  # no padding
+            assert batch.ids[select + 1].tolist() == [t for i in members for t in rows[i].y]
 
 
 def test_step_against_autograd(ranks, qwen, problems_file):
