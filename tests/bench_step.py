@@ -6,16 +6,33 @@ peak memory of one SFT step (head, loss and optimizer included) and of one teach
     python tests/bench_step.py [--only "sft 1 1"] [--varied] [--state FOLDER]       # on a CPU: a tiny model
     torchrun --nproc_per_node 2 tests/bench_step.py
     python tests/bench_step.py --peer                   # distill.py against TRL's SDFT trainer, and srt.py's sampler
+    python tests/bench_step.py --memory                 # what fits, by shape and length
     python tests/bench_step.py --make FOLDER            # the model alone, to run the real scripts at that size
 
 What was tried (one H200, torch 2.11, transformers 5.17, vLLM 0.26, trl 1.16), and what it gave:
   checkpointing of whole compiled blocks: 346 model TFLOP/s, 75.4 GiB. The compiler's choice of what to recompute
     (activation_memory_budget 0.3) and fused AdamW: 406-412, 70.6 GiB; kept. No checkpointing: 458, 116 GiB; with
-    AdamW that is not fused 435. Teacher forward: 512-518. Micro-batches of 8,192 tokens instead of 16,384: 368.
+    AdamW that is not fused 435. Teacher forward: 512-525. Micro-batches of 8,192 tokens instead of 16,384: 368.
   attention with 8 heads of k and v as they are, not repeated to 32: 404 and 67.3 GiB, without checkpointing 455 and 109; kept for
     the memory. (Alone, compiled, forward and backward: 6.79 against 6.85 ms.)
+  a profile of both steps: the GPU is busy 97.6 % of the time, the rest lies around the gradient norm, which the host reads. Of 975 ms
+    without checkpointing, attention takes 277 (forward 70, backward 207), the optimizer with the norm and the clipping 46. With it the
+    compiler took attention for free and computed it twice (72 forward kernels for 36 layers). Told what it costs, and that it
+    may keep it (is_non_builtin_to_include), rows of 4,096 are as fast as before, 414 at 67.9 GiB, for it computes other things twice; a
+    row of 16,384 takes 1.71 s (369 TFLOP/s), where by the kernels' times it would be 1.87 s; kept. With a budget of 0.4 instead of 0.3
+    423 TFLOP/s and 74 GiB (before 414 and 74), with 0.5 438 and 80 (429 and 80).
+  no checkpointing: weights that stay gathered after the forward pass: 457 -> 466, 6.9 GiB more; budget 0.85 instead of 1: the same
+    speed, 16 GiB less; both kept: 468, 99.6 GiB, in a process of its own. (The row of this table read 459 and 114.7: the model of the
+    row before was still there, which `free` mends.) The clipping inside of fused AdamW (its grad_scale): 0.5 % more; AdamW on
+    local tensors instead of DTensors: 1 % less; neither kept.
+  other kernels for attention, alone, 4 rows of 4,096, forward / backward: torch's varlen_attn 1.7 / 5.1 ms (322 / 271 TFLOP/s), twice
+    as far from the peak as the matrix products. cuDNN by torch's _cudnn_attention_forward with row starts: 62 / 56 ms, its gradients
+    are nan. FlashAttention 4 (4.0.0b18) by torch's activate_flash_attention_impl: torch 2.11 refuses the backward pass of packed rows.
   other row lengths in each step (--varied): 423 TFLOP/s (short rows have less attention), 5 graphs in all. distill.py with
-    log-normal lengths made 5 graphs of a layer and 2 of the KL: a step that meets new lengths took up to 8 s longer.
+    log-normal lengths made 5 graphs of a layer and 2 of the KL: a step that meets new lengths took up to 10 s longer.
+  distill.py, 64 prompts x 2,048 tokens: packing fills 75 to 85 % of the token budget with rows of such lengths, 87 % with log-normal ones
+    (128 of them: 93 %); what is not filled is not computed, so every slot is a token. All that the host sends to the device goes
+    before the first micro-batch: 27.8 s a step as before.
   --peer, TRL in brackets, before the next three: 1,024 tokens each: generate 5.3 s (4.8), the rest 3.24 s (6.82): 0.73;
     log-normal lengths: 6.5 (5.5), 1.91 (10.51): 0.52. After: 5.2 (5.0), 3.27 (7.75): 0.67; 5.9 (5.5), 1.85 (10.56): 0.48.
     TRL asks vLLM for no log-probabilities; ours need them for the check of the weights' age: 4.87 against 4.73 s in 1,024 steps,
