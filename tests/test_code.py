@@ -315,6 +315,8 @@ ATTACKS = {
                                    "    os.write(fds[-1], bytes(32 << 20))\nprint('escaped')",
 }
 TIMEOUTS = {"fork bomb", "endless loop", "sleeping", "closed output, then sleeping", "many files"}
+ENDINGS = {attack: {"timeout" if attack in TIMEOUTS else "wrong"} for attack in ATTACKS}
+ENDINGS["forks that allocate"] = {"wrong", "timeout"}  # on a busy machine the second may be over before they have their GiB
 
 
 @sandboxed
@@ -327,7 +329,7 @@ def test_attack(attack, monkeypatch):
     try:
         source = ATTACKS[attack].format(port=listener.getsockname()[1], home=os.path.expanduser("~"), root=ROOT,
                                         tmp=tempfile.gettempdir(), marker=MARKER)
-        check_attack(lambda: judge_here(source), attack in TIMEOUTS)
+        check_attack(lambda: judge_here(source), ENDINGS[attack])
         assert marker.read_text() == "untouched"
     finally:
         listener.close()
@@ -339,14 +341,14 @@ def judge_here(source, language=PYTHON, expected="3", seconds=1.0):
     return verify.judge_program(language, source, problem(("1 2\n", expected)).tests, seconds, 1.0, True)
 
 
-def check_attack(run, is_timeout, limit=1.0):
-    """Wrong within the limit, and no process, file or memory is left. What leaks memory leaks it in each of three runs;
+def check_attack(run, endings, limit=1.0):
+    """Ended so within the limit, and no process, file or memory is left. What leaks memory leaks it in each of three runs;
     what other users of this machine take or write meanwhile does not show in all."""
     for last in (False, False, True):
         assert sandbox_processes() == []
         files, held = host()
         started = time.time()
-        assert run() == ("timeout" if is_timeout else "wrong")
+        assert run() in endings
         assert time.time() - started < limit + 4
         assert sandbox_processes() == []
         files_after, held_after = host()
@@ -417,7 +419,7 @@ def test_attack_on_an_ordinary_user(attack):
             assert done.returncode == 0, done.stderr
             return done.stdout.strip()
 
-        check_attack(run, attack in TIMEOUTS)
+        check_attack(run, ENDINGS[attack])
 
 
 @sandboxed
