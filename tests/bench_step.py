@@ -22,8 +22,8 @@ What was tried (one H200, torch 2.11, transformers 5.17, vLLM 0.26, trl 1.16), a
     row of 16,384 takes 1.71 s (369 TFLOP/s), where by the kernels' times it would be 1.87 s; kept. With a budget of 0.4 instead of 0.3
     423 TFLOP/s and 74 GiB (before 414 and 74), with 0.5 438 and 80 (429 and 80).
   no checkpointing: weights that stay gathered after the forward pass: 457 -> 466, 6.9 GiB more; budget 0.85 instead of 1: the same
-    speed, 16 GiB less; both kept: 468, 99.6 GiB, in a process of its own. (The row of this table read 459 and 114.7: the model of the
-    row before was still there, which `free` mends.) The clipping inside of fused AdamW (its grad_scale): 0.5 % more; AdamW on
+    speed, 16 GiB less; both kept: 468, 99.6 GiB, in a process of its own. (The row of this table read 459 and 114.7: 15.0 GiB
+    more, the fp32 weights of the row before, which `free` has let go since; not seen again on a GPU.) The clipping inside of fused AdamW (its grad_scale): 0.5 % more; AdamW on
     local tensors instead of DTensors: 1 % less; neither kept.
   other kernels for attention, alone, 4 rows of 4,096, forward / backward: torch's varlen_attn 1.7 / 5.1 ms (322 / 271 TFLOP/s), twice
     as far from the peak as the matrix products. cuDNN by torch's _cudnn_attention_forward with row starts: 62 / 56 ms, its gradients
