@@ -91,7 +91,7 @@ def student_pass(student, rows, states, teacher_head, tokens, args, ranks):
     the student. Returns this rank's share of the loss, and its sum of |log pi_sampler(y_t) - log pi_trainer(y_t)|.
     """
     loss_sum, gap_sum = torch.zeros(2, device=ranks.device)
-    logprobs = [torch.tensor(row.logprobs).to(ranks.device) for row in rows]
+    logprobs = torch.tensor([p for row in rows for p in row.logprobs]).to(ranks.device).split([len(row.y) for row in rows])
     for members, batch, select in micro_batches(rows, "x", args.micro_tokens, ranks.device):
         # from here to the next micro-batch the host waits for nothing
         states_y = torch.cat([states[i] for i in members] or [torch.zeros_like(teacher_head[:1])])  # [n, H]

@@ -200,14 +200,14 @@ def test_checkpointing_keeps_attention(ranks, qwen, compiler):
     assert calls == ["forward"] * layers + ["backward"] * layers
 
 
-def test_micro_batches_wait_for_nothing(ranks, qwen, problems_file):
-    """All that goes to the device is there before the first of them, equally many on each side; no token of a row is lost."""
+def test_micro_batches_are_whole(ranks, qwen, problems_file):
+    """Every row is in one of them, no slot is padding, and what is selected predicts y."""
     rows = sampled_rows(verify.load_tokenizer(qwen), "qwen", problems_file)[:8]
     for side in ("x", "seen"):
         packed = distill.micro_batches(rows, side, 300, ranks.device)
         assert sorted(i for members, _, _ in packed for i in members) == list(range(8))
         for members, batch, select in packed:
-            assert batch.ids.tolist() == [t for i in members for t in getattr(rows[i], side) + rows[i].y]  # no padding
+            assert batch.ids.tolist() == [t for i in members for t in getattr(rows[i], side) + rows[i].y]
             assert batch.ids[select + 1].tolist() == [t for i in members for t in rows[i].y]
 
 
