@@ -173,7 +173,7 @@ def parse_args():
     parser.add_argument("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
     parser.add_argument("--out", required=True, help="folder: final/, best/, state/, metrics.jsonl")
     parser.add_argument("--teacher", help="default: --model")
-    parser.add_argument("--mode", choices=sorted(verify.INSTRUCTION), default="math")
+    parser.add_argument("--mode", default="math", help=verify.MODE_HELP)
     parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data; others than those of srt.py")
     # optimisation
     parser.add_argument("--steps", type=natural, default=400)
@@ -203,7 +203,7 @@ def parse_args():
     parser.add_argument("--val_samples", type=natural, default=8, help="responses per validation problem")
     parser.add_argument("--save_every", type=natural, default=10, help="steps between states to go on from")
     sft.add_training_flags(parser)
-    args = parser.parse_args()
+    args = verify.parse(parser)
     if args.topk and args.kl == "jsd":
         parser.error("--topk cannot go with --kl jsd; use --topk 0, or another --kl")
     args.teacher = args.teacher or args.model
@@ -215,11 +215,11 @@ def main():
     ranks = verify.launch()
     tokenizer = verify.load_tokenizer(args.model)
     verify.same_vocabulary(args.model, tokenizer, args.teacher, verify.load_tokenizer(args.teacher))
-    family = verify.phrase_family(args.teacher, args.phrases)
-    judge = verify.Judge(limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox)
-    problems, dropped = verify.load_problems(args.data, judge, args.mode, args.range_)
+    family = verify.phrases_of(args.teacher, args.phrases)
+    judge = verify.Judge(args.mode, limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox)
+    problems, dropped = verify.load_problems(args.data, judge, args.range_)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
-    val_problems = verify.load_problems(args.val, judge, args.mode)[0] if args.val else []
+    val_problems = verify.load_problems(args.val, judge)[0] if args.val else []
     val_prompts = [verify.chat_ids(tokenizer, problem) for problem in val_problems]
     if args.batch > len(problems):
         fail(f"--batch {args.batch}: --data gives {len(problems)} problems, and a step takes different ones; lower it")
@@ -252,7 +252,7 @@ def main():
     sampler = srt.make_sampler(args.engine, args.model, tokenizer, longest + args.max_tokens, ranks.device, args.dtype,
                                args.vllm_memory)
     if ranks.rank == 0:
-        print(f"{len(problems)} problems ({sum(dropped.values())} dropped), {type(sampler).__name__}, phrases {family}, "
+        print(f"{len(problems)} problems ({sum(dropped.values())} dropped), {type(sampler).__name__}, phrases {' | '.join(family)}, "
               f"KL {args.kl}{f' top {args.topk}' if args.topk else ''}, from step {progress['step']}", flush=True)
 
     saver = sft.Saver(args.out, args.save_every, ranks.device)

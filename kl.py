@@ -215,8 +215,8 @@ def main():
     parser.add_argument("--out", required=True, help="folder for heatmap.html, buckets.png and summary.json")
     parser.add_argument("--kl", choices=KINDS, default="reverse")
     parser.add_argument("--max_responses", type=verify.natural, default=200)
-    parser.add_argument("--phrases", choices=sorted(verify.PHRASES), default=None, help="default: what --teacher records")
-    args = parser.parse_args()
+    parser.add_argument("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
+    args = verify.parse(parser)
 
     ranks = verify.launch()
     if ranks.rank:  # one is enough
@@ -225,9 +225,11 @@ def main():
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = verify.load_tokenizer(args.teacher)
     verify.same_vocabulary(args.student, verify.load_tokenizer(args.student), args.teacher, tokenizer)
-    family = verify.phrase_family(args.teacher, args.phrases)
+    family = verify.phrases_of(args.teacher, args.phrases)
     rows = {}
     for line, row in verify.read_jsonl(args.responses):
+        if row.get("kind") == "revision":
+            continue
         verify.need(row, args.responses, line, id=str, sample=int, problem=str, y_init_tokens=list, y_init_correct=bool)
         if max(row["y_init_tokens"], default=0) >= len(tokenizer):
             verify.fail(f"{args.responses}:{line}: a token id over the {len(tokenizer)} of --teacher; these are another model's")

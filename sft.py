@@ -289,7 +289,7 @@ def save_model(path, model, tokenizer, family, dtype):
         os.makedirs(tmp)
         save_file(tensors, os.path.join(tmp, "model.safetensors"), metadata={"format": "pt"})
         config = model.config.__class__.from_dict(model.config.to_dict())
-        config.sdzero_phrases, config.dtype = family, dtype
+        config.sdzero_phrases, config.dtype = list(family), dtype
         config.save_pretrained(tmp)
         model.generation_config.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
@@ -522,11 +522,13 @@ def read_examples(path, objective, stage2_size, tokenizer, family, max_len, seed
     """
     counts, seen, rows = Counter(), set(), []
     for line, row in verify.read_jsonl(path):
+        if row.get("kind") == "revision":  # of responses.jsonl: only its y_init are read
+            continue
         counts["rows read"] += 1
         verify.need(row, path, line, id=str, problem=str, y_init_tokens=list, y_init_correct=bool)
-        p_r = verify.PHRASES[family][row["y_init_correct"]]
+        p_r = family[row["y_init_correct"]]
         if row.get("p_r") not in (None, p_r):
-            fail(f"{path}:{line}: P_r is {row['p_r']!r}, not {p_r!r} of --phrases {family}; give the --phrases that srt.py had")
+            fail(f"{path}:{line}: P_r is {row['p_r']!r}, not {p_r!r} of --phrases {' | '.join(family)}; give the --phrases that srt.py had")
         if objective == "rft":
             usable = row["y_init_correct"]
         else:
@@ -591,7 +593,7 @@ def add_training_flags(parser):
     parser.add_argument("--checkpointing", type=int, choices=(0, 1), help="1 (default on cuda): recompute activations; 0: "
                         "keep them, and gathered weights too: faster, and larger")
     parser.add_argument("--compile", type=int, choices=(0, 1), help="torch.compile each block; default: 1 on cuda")
-    parser.add_argument("--phrases", choices=sorted(verify.PHRASES), help="P_r family; default: what the model records")
+    parser.add_argument("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fresh", action="store_true", help="start over; an old --out is renamed, not deleted")
 
@@ -626,19 +628,19 @@ def parse_args():
     parser.add_argument("--save_every", type=natural, default=100, help="steps between states to go on from")
     parser.add_argument("--no_clean", action="store_true", help="leave repeating tails and flattering openings")
     add_training_flags(parser)
-    return parser.parse_args()
+    return verify.parse(parser)
 
 
 def main():
     args = parse_args()
     ranks = verify.launch()
     tokenizer = verify.load_tokenizer(args.model)
-    family = verify.phrase_family(args.model, args.phrases)
+    family = verify.phrases_of(args.model, args.phrases)
     max_len = min(args.max_len, verify.context_length(args.model))
     stages, counts = read_examples(args.data, args.objective, args.stage2_size, tokenizer, family, max_len, args.seed,
                                    args.no_clean)
     if ranks.rank == 0:
-        print(f"phrases {family}; " + ", ".join(f"{name} {n}" for name, n in counts.items() if n), flush=True)
+        print(f"phrases {' | '.join(family)}; " + ", ".join(f"{name} {n}" for name, n in counts.items() if n), flush=True)
     verify.open_out(args, ranks, FREE)
     if verify.finished(args.out, "final"):
         return dist.destroy_process_group()

@@ -354,7 +354,7 @@ def parse_args():
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
     parser.add_argument("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
     parser.add_argument("--out", required=True, help="folder for responses.jsonl, d_revision.jsonl, summary.json")
-    parser.add_argument("--mode", choices=sorted(verify.INSTRUCTION), default="math")
+    parser.add_argument("--mode", default="math", help=verify.MODE_HELP)
     parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data, so that phases see disjoint ones")
     parser.add_argument("--max_problems", type=natural, help="at most so many problems")
     parser.add_argument("--eval", action="store_true", help="keep nothing: measure only; --num_revisions is 0 unless given")
@@ -368,7 +368,7 @@ def parse_args():
     parser.add_argument("--top_p", type=share, default=0.9)
     parser.add_argument("--max_tokens", type=natural, default=16384, help="per response")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--phrases", choices=sorted(verify.PHRASES), help="P_r family; default: what the model records")
+    parser.add_argument("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
     # engine
     parser.add_argument("--engine", type=engine_name, choices=("vllm", "hf"), help="default: vllm where it is installed")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on cuda, float32 on cpu")
@@ -376,7 +376,7 @@ def parse_args():
     parser.add_argument("--judge_seconds", type=positive, default=5.0, help="limit of one verdict; for code, of one test")
     parser.add_argument("--unsafe_no_sandbox", action="store_true", help=verify.UNSAFE)
     parser.add_argument("--fresh", action="store_true", help="start over; an old --out is renamed, not deleted")
-    args = parser.parse_args()
+    args = verify.parse(parser)
     if args.num_revisions is None:
         args.num_revisions = 0 if args.eval else 3
     return args
@@ -386,9 +386,9 @@ def main():
     args = parse_args()
     ranks = verify.launch()
     tokenizer = verify.load_tokenizer(args.model)
-    family = verify.phrase_family(args.model, args.phrases)
-    judge = verify.Judge(limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox)
-    problems, dropped = verify.load_problems(args.data, judge, args.mode, args.range_, args.max_problems)
+    family = verify.phrases_of(args.model, args.phrases)
+    judge = verify.Judge(args.mode, limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox)
+    problems, dropped = verify.load_problems(args.data, judge, args.range_, args.max_problems)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     longest = check_lengths(args.model, prompts, args.max_tokens)
@@ -406,7 +406,7 @@ def main():
                            args.vllm_memory)
     if ranks.rank == 0:
         print(f"{len(problems)} problems ({sum(dropped.values())} dropped), {ranks.world} rank(s) on {ranks.device.type}, "
-              f"{type(sampler).__name__} {dtype}, phrases {family}", flush=True)
+              f"{type(sampler).__name__} {dtype}, phrases {' | '.join(family)}", flush=True)
 
     done = read_rows(args.out)  # what an earlier run of the same command has finished
     own_file = os.path.join(args.out, f"responses.rank{ranks.rank}.jsonl")
@@ -471,15 +471,15 @@ def main():
         i, number, revision, init = sample.request.key
         if revision is None:
             ids = verify.revision_ids(tokenizer, prompts[i], sample.ids, verdict.correct, family)
-            row = {"id": problems[i].id, "problem": problems[i].problem, "answer": problems[i].answer,
-                   **({"mode": "code"} if args.mode == "code" else {}), "sample": number,
+            row = {"id": problems[i].id, "problem": problems[i].problem, "answer": problems[i].answer if isinstance(problems[i].answer, str) else None,
+                   "mode": args.mode, "sample": number,
                    "y_init": text, "y_init_correct": verdict.correct, "y_init_verdict": verdict.reason,
                    "y_init_tokens": sample.ids, "truncated": sample.truncated,
                    "no_room": bool(args.num_revisions) and len(ids) >= sampler.max_len,
                    "p_r": None, "revision": None, "y_revised": None, "y_revised_correct": None, "y_revised_tokens": None}
             revise(i, row)
         else:
-            row = {**init, "p_r": verify.PHRASES[family][init["y_init_correct"]], "revision": revision, "y_revised": text,
+            row = {**init, "p_r": family[init["y_init_correct"]], "revision": revision, "y_revised": text,
                    "y_revised_correct": verdict.correct, "y_revised_verdict": verdict.reason,
                    "y_revised_tokens": sample.ids, "revised_truncated": sample.truncated}
             if verdict.correct:
