@@ -3,14 +3,14 @@ Phase 1a of SD-Zero: sample, judge, revise, judge, keep -> D_revision. With --ev
 
   for each problem x
     1. y_init ~ pi(. | x)                            --num_responses
-    2. r = 1 if the last \\boxed{} of y_init is right, else 0
+    2. r = 1 if the verifier calls y_init right, else 0
     3. P_r tells the outcome: "Wait, this response is wrong. ..." or "Let me rephrase ..."
     4. y_revised ~ pi(. | x, y_init, P_r)            --num_revisions
     5. keep (x, y_init, P_r, y_revised) if y_revised is right, up to --target
 
-Departures from the official code: every GPU samples; problems are handed out one by one, an equal share to each rank first;
-verdicts come in while others are still being sampled; a response is on disk as soon as it is judged, so the same
-command goes on after a kill; responses are kept as token ids too, so nothing is ever tokenised twice.
+Departures from the official code: every GPU samples; problems are handed out one by one; verdicts come in while others
+are still being sampled; a response is on disk as soon as it is judged, so the same command goes on after a kill;
+responses are kept as token ids too, so nothing is ever tokenised twice.
 
     python srt.py --model Qwen/Qwen3-4B-Instruct-2507 --data open-r1/OpenR1-Math-220k --range 0:10000 --out runs/collect
     torchrun --nproc_per_node 8 srt.py ... the same
@@ -18,6 +18,7 @@ command goes on after a kill; responses are kept as token ids too, so nothing is
         --max_tokens 32768 --out runs/aime
 """
 import argparse
+import asyncio
 import glob
 import importlib.util
 import json
@@ -39,12 +40,13 @@ from verify import fail, natural, positive, share, within
 # flags that a run that goes on may change: they decide neither what is asked nor how it is sampled
 FREE = "target engine dtype vllm_memory judge_seconds unsafe_no_sandbox"
 
-# -------------------------------------------------------------------------------------------------------- samplers
+# ---------------------------------------------------------------------------------------------------- samplers
 # Two engines, one interface:
 #   stream(pull, ...)      yields a Sample as soon as it is finished; `pull()` gives the next Request, or None for now;
 #                          logprobs=False where the caller needs none, for vLLM is faster then
 #   generate(prompts, ...) the Samples of a list of prompts, in order
 #   load(named_tensors)    new weights, named as in the checkpoint
+#   max_seqs, max_len      requests that are sampled at once; tokens of prompt and response together
 
 
 class Request(NamedTuple):
@@ -81,15 +83,15 @@ class Sampler:
 class HFSampler(Sampler):
     """transformers, for machines without vLLM: batched, KV-cached, finished rows dropped from the batch."""
 
-    def __init__(self, model, tokenizer, max_len, device, dtype, batch=256):
+    def __init__(self, model, tokenizer, max_len, device, dtype, max_seqs=256):
         from transformers import AutoModelForCausalLM
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
         self.end_ids = torch.tensor(tokenizer.end_ids, device=device)
-        self.device, self.batch = device, batch
+        self.device, self.max_seqs = device, max_seqs
         self.max_len = min(max_len, verify.context_length(model))
 
     def stream(self, pull, max_tokens, temperature=1.0, top_p=1.0, logprobs=True):
-        while batch := [r for r in (pull() for _ in range(self.batch)) if r is not None]:
+        while batch := [r for r in (pull() for _ in range(self.max_seqs)) if r is not None]:
             yield from self.sample(batch, max_tokens, temperature, top_p)
 
     @torch.no_grad()
@@ -105,25 +107,23 @@ class HFSampler(Sampler):
         noise = [np.random.Generator(np.random.Philox(r.seed)) for r in requests]
         tokens, logps = [[] for _ in requests], [[] for _ in requests]
         for t in range(int(room.max())):
-            if t % 256 == 0:  # one uniform number per token to come, 256 tokens at a time
-                block = torch.tensor(np.stack([noise[i].random(256) for i in live]), device=self.device)  # [B, 256]
             logits = self.model(ids, attention_mask=mask, position_ids=position, past_key_values=cache,
                                 logits_to_keep=1).logits[:, -1].float()  # [B, V]
-            token = pick(logits, block[:, t % 256], temperature, top_p)
+            uniform = torch.tensor([noise[i].random() for i in live], dtype=torch.double, device=self.device)
+            token = pick(logits, uniform, temperature, top_p)
             logp = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
-            finished = torch.isin(token, self.end_ids) | (room <= t + 1)
-            for row, (i, a, b, over) in enumerate(zip(live, token.tolist(), logp.tolist(), finished.tolist())):
-                if room[row] > t:  # rows that ended before are still in the batch until it is worth dropping them
+            for row, (i, a, b) in enumerate(zip(live, token.tolist(), logp.tolist())):
+                if room[row] > t:  # rows that have ended stay in the batch until it is worth dropping them
                     tokens[i].append(a)
                     logps[i].append(b)
-            room = torch.where(finished, 0, room)
+            room = torch.where(torch.isin(token, self.end_ids) | (room <= t + 1), 0, room)
             if not (room > 0).any():
                 break
             ids, position = token[:, None], position[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
             if (room == 0).sum() * 8 >= len(live):
                 keep = room.nonzero()[:, 0]
-                ids, position, mask, room, block = ids[keep], position[keep], mask[keep], room[keep], block[keep]
+                ids, position, mask, room = ids[keep], position[keep], mask[keep], room[keep]
                 cache.batch_select_indices(keep)
                 live = [live[i] for i in keep.tolist()]
         for request, y, logp in zip(requests, tokens, logps):
@@ -143,8 +143,8 @@ class HFSampler(Sampler):
 
 def pick(logits, uniform, temperature, top_p):
     """
-    One token per row by inverting the cumulative distribution at `uniform` [B] in [0, 1): the same number gives the
-    same token whatever the batch. top_p keeps the fewest most likely tokens whose mass reaches it. logits [B, V] -> [B].
+    One token per row by inverting the cumulative distribution at `uniform` [B] in [0, 1): the same number gives the same
+    token whatever the batch. top_p keeps the fewest most likely tokens whose mass reaches it. logits [B, V] -> [B].
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -159,7 +159,7 @@ def pick(logits, uniform, temperature, top_p):
 
 
 class VLLMSampler(Sampler):
-    """vLLM inside this process, one engine per rank; `step()` by hand, so that finished samples come out at once."""
+    """vLLM in this process, one engine per rank; `step()` by hand, so that finished samples come out at once."""
 
     def __init__(self, model, tokenizer, max_len, device, dtype, memory=0.85, max_seqs=256, eager=False):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this very process: weights go in by reference
@@ -171,11 +171,11 @@ class VLLMSampler(Sampler):
         self.end_ids = tokenizer.end_ids
         # on a CPU chunked prefill and a request's own seed do not go together (vLLM 0.32), and nothing can sleep
         whole_prompts = dict(enable_chunked_prefill=False, max_num_batched_tokens=max(8192, self.max_len))
-        self.llm = LLM(model, tensor_parallel_size=1, max_model_len=self.max_len, max_num_seqs=max_seqs, seed=0,
-                       dtype=str(dtype).removeprefix("torch."), gpu_memory_utilization=memory,
-                       enforce_eager=eager or self.on_cpu, generation_config="vllm",
-                       **(whole_prompts if self.on_cpu else {"enable_sleep_mode": True}),
-                       distributed_executor_backend="external_launcher" if dist.get_world_size() > 1 else None)
+        self.llm = LLM(
+            model, tensor_parallel_size=1, max_model_len=self.max_len, max_num_seqs=max_seqs, seed=0,
+            dtype=str(dtype).removeprefix("torch."), gpu_memory_utilization=memory, generation_config="vllm",
+            enforce_eager=eager or self.on_cpu, **(whole_prompts if self.on_cpu else {"enable_sleep_mode": True}),
+            distributed_executor_backend="external_launcher" if dist.get_world_size() > 1 else None)
 
     def stream(self, pull, max_tokens, temperature=1.0, top_p=1.0, logprobs=True):
         from vllm import SamplingParams
@@ -183,10 +183,10 @@ class VLLMSampler(Sampler):
         engine, flying, counter = self.llm.llm_engine, {}, 0
         while True:
             while len(flying) < self.max_seqs and (request := pull()) is not None:
-                params = SamplingParams(max_tokens=self.room(request.ids, max_tokens), temperature=temperature, top_p=top_p,
-                                        seed=request.seed, stop_token_ids=self.end_ids, detokenize=False,
-                                        logprobs=0 if logprobs else None, flat_logprobs=True,
-                                        output_kind=RequestOutputKind.FINAL_ONLY)
+                params = SamplingParams(
+                    max_tokens=self.room(request.ids, max_tokens), temperature=temperature, top_p=top_p,
+                    seed=request.seed, stop_token_ids=self.end_ids, detokenize=False,
+                    logprobs=0 if logprobs else None, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)
                 engine.add_request(str(counter), {"prompt_token_ids": request.ids}, params)
                 flying[str(counter)] = request
                 counter += 1
@@ -195,8 +195,8 @@ class VLLMSampler(Sampler):
             for output in engine.step():
                 if output.finished:
                     y = output.outputs[0]
-                    yield Sample(flying.pop(output.request_id), list(y.token_ids), list(y.logprobs.logprobs) if logprobs else [],
-                                 y.finish_reason == "length")
+                    yield Sample(flying.pop(output.request_id), list(y.token_ids),
+                                 list(y.logprobs.logprobs) if logprobs else [], y.finish_reason == "length")
 
     def sleep(self):
         if not self.on_cpu:
@@ -236,7 +236,7 @@ def engine_name(text):
 
 
 def check_lengths(model, prompts, max_tokens):
-    """Ends the program where the model cannot take a prompt, or never --max_tokens. Returns the longest prompt's length."""
+    """Ends the program where the model cannot take a prompt, or never --max_tokens. Returns the longest's length."""
     limit, longest = verify.context_length(model), max(map(len, prompts))
     if max_tokens > limit:
         fail(f"--max_tokens {max_tokens}: --model {model} takes {limit} tokens, prompt and response together; lower it")
@@ -259,40 +259,46 @@ def close(judge, sampler):
         dist.destroy_process_group()
 
 
-# --------------------------------------------------------------------------------------------------------- files
-
-
-def row_files(out):
-    return sorted(glob.glob(os.path.join(glob.escape(out), "responses*.jsonl")))
+# -------------------------------------------------------------------------------------------------------- rows
+# responses.jsonl, while ranks are at work responses.rankN.jsonl: a row for each judged response, of kind "init" or
+# "revision". d_revision.jsonl: a row for each tuple kept, with the fields of both.
 
 
 def row_key(row):
-    return row["id"], row["sample"], -1 if row["revision"] is None else row["revision"]
+    """What a row answers: the problem's id, the number of its y_init, the number of the revision or -1."""
+    return row["id"], row["sample"], row.get("revision", -1)
 
 
 def read_rows(out):
-    """{(id, sample, revision or -1): row} of everything that ranks have written in this folder."""
-    return {row_key(row): row for path in row_files(out) for _, row in verify.read_jsonl(path, torn_ok=True)}
+    """{row_key: row} of everything that ranks have written in this folder."""
+    rows = {}
+    for path in row_files(out):
+        for line, row in verify.read_jsonl(path, torn_ok=True):
+            verify.need(row, path, line, kind=str, id=str, sample=int)
+            rows[row_key(row)] = row
+    return rows
 
 
-def drop_torn_line(path):
-    """Cuts off a last line without its newline, left by a killed run, so that what is appended starts on a new line."""
-    if os.path.exists(path):
-        with open(path, "rb+") as f:
-            f.truncate(f.read().rfind(b"\n") + 1)
+def row_files(out):
+    return glob.glob(os.path.join(glob.escape(out), "responses*.jsonl"))
 
 
 def write_rows(path, rows):
     verify.write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-# --------------------------------------------------------------------------------------------------------- summary
+def tuples(rows):
+    """The revisions among the rows of responses.jsonl, each with the fields of its y_init before its own."""
+    inits = {row_key(row)[:2]: row for row in rows if row["kind"] == "init"}
+    both = [inits[row_key(row)[:2]] | row for row in rows if row["kind"] == "revision"]
+    return [{name: value for name, value in row.items() if name != "kind"} for row in both]
+
+
+# ----------------------------------------------------------------------------------------------------- summary
 
 
 def wilson(p, n, z=1.96):
     """The 95 % Wilson interval of a share p seen over n problems."""
-    if n == 0:
-        return None
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return [round(abs(bound) / (1 + z * z / n), 4) for bound in (centre - half, centre + half)]
 
@@ -302,15 +308,15 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
-def summarise(rows, d_revision, num_responses):
-    """The counts of the official code and the measures of the paper, from all rows of a run."""
-    inits = [row for row in rows if row["revision"] is None]
-    revised = [row for row in rows if row["revision"] is not None]
+def summarise(rows, kept, num_responses):
+    """The counts of the official code and the measures of the paper, from all rows of a run and the tuples kept."""
+    inits, revised = [row for row in rows if row["kind"] == "init"], tuples(rows)
     by_problem = {}
     for row in inits:
         by_problem.setdefault(row["id"], []).append(row["y_init_correct"])
     first, after = mean(r["y_init_correct"] for r in inits), mean(r["y_revised_correct"] for r in revised)
     all_revised = {row_key(r)[:2] for r in revised} == {row_key(r)[:2] for r in inits}
+    verdicts = Counter(r["y_revised_verdict"] for r in revised)
     return {
         "problems": len(by_problem),
         "init_total": len(inits), "init_correct": sum(r["y_init_correct"] for r in inits), "init_accuracy": first,
@@ -320,32 +326,25 @@ def summarise(rows, d_revision, num_responses):
         "init_verdicts": dict(Counter(r["y_init_verdict"] for r in inits)),
         "init_mean_tokens": mean(len(r["y_init_tokens"]) for r in inits),
         "init_truncated": mean(r["truncated"] for r in inits),
-        "revised_total": len(revised), "revised_correct": sum(r["y_revised_correct"] for r in revised),
-        "revised_accuracy": after,
+        "revised_total": len(revised), "revised_correct": verdicts["right"], "revised_accuracy": after,
         "revised_accuracy_of_right": mean(r["y_revised_correct"] for r in revised if r["y_init_correct"]),
         "revised_accuracy_of_wrong": mean(r["y_revised_correct"] for r in revised if not r["y_init_correct"]),
-        "revised_verdicts": dict(Counter(r["y_revised_verdict"] for r in revised)),
+        "revised_verdicts": dict(verdicts),
         "revised_mean_tokens": mean(len(r["y_revised_tokens"]) for r in revised),
         "revised_truncated": mean(r["revised_truncated"] for r in revised),
         # share of the errors that one revision removes; only if every y_init was revised
         "net_correction": (after - first) / (1 - first) if revised and all_revised and first < 1 else None,
-        "kept": len(d_revision), "kept_after_right_init": sum(r["y_init_correct"] for r in d_revision),
-        "kept_after_wrong_init": sum(not r["y_init_correct"] for r in d_revision),
-        "dropped": {"y_revised " + why: n for why, n in Counter(r["y_revised_verdict"] for r in revised).items()
-                    if why != "right"} | {"over the target": sum(r["y_revised_correct"] for r in revised) - len(d_revision) if d_revision else 0,
-                                          "no room to revise": sum(r["no_room"] for r in inits)},
+        "kept": len(kept), "kept_after_right_init": sum(r["y_init_correct"] for r in kept),
+        "kept_after_wrong_init": sum(not r["y_init_correct"] for r in kept),
+        "dropped": {
+            **{"y_revised " + why: n for why, n in verdicts.items() if why != "right"},
+            "over the target": verdicts["right"] - len(kept) if kept else 0,
+            "no room to revise": sum(r["no_room"] for r in inits),
+        },
     }
 
 
-# ------------------------------------------------------------------------------------------------------------ main
-
-
-class Asked(NamedTuple):
-    """The key of a request: y_init number `sample` of problem i, or a revision of the one whose row is given."""
-    i: int
-    sample: int
-    revision: int = None
-    row: dict = None
+# -------------------------------------------------------------------------------------------------------- main
 
 
 def parse_args():
@@ -355,14 +354,14 @@ def parse_args():
     parser.add_argument("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
     parser.add_argument("--out", required=True, help="folder for responses.jsonl, d_revision.jsonl, summary.json")
     parser.add_argument("--mode", default="math", help=verify.MODE_HELP)
-    parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data, so that phases see disjoint ones")
+    parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data; phases should see disjoint ones")
     parser.add_argument("--max_problems", type=natural, help="at most so many problems")
-    parser.add_argument("--eval", action="store_true", help="keep nothing: measure only; --num_revisions is 0 unless given")
+    parser.add_argument("--eval", action="store_true", help="keep nothing: measure only")
     # how much
     parser.add_argument("--num_responses", type=natural, default=1, help="y_init per problem")
     parser.add_argument("--num_revisions", type=within(int, 0), help="y_revised per y_init (default 3; with --eval 0)")
     parser.add_argument("--revise_correct", type=int, choices=(0, 1), default=1, help="revise right y_init too")
-    parser.add_argument("--target", type=within(int, 0), help="stop when so many tuples are kept (default 6000); 0: no limit")
+    parser.add_argument("--target", type=within(int, 0), help="stop when so many are kept (default 6000); 0: no limit")
     # sampling
     parser.add_argument("--temperature", type=within(float, 0), default=1.0)
     parser.add_argument("--top_p", type=share, default=0.9)
@@ -370,7 +369,7 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
     # engine
-    parser.add_argument("--engine", type=engine_name, choices=("vllm", "hf"), help="default: vllm where it is installed")
+    parser.add_argument("--engine", type=engine_name, choices=("vllm", "hf"), help="default: vllm where installed")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on cuda, float32 on cpu")
     parser.add_argument("--vllm_memory", type=share, default=0.85, help="share of the GPU's memory for vLLM")
     parser.add_argument("--judge_seconds", type=positive, default=5.0, help="limit of one verdict; for code, of one test")
@@ -386,7 +385,7 @@ def main():
     args = parse_args()
     ranks = verify.launch()
     tokenizer = verify.load_tokenizer(args.model)
-    family = verify.phrases_of(args.model, args.phrases)
+    phrases = verify.phrases_of(args.model, args.phrases)
     judge = verify.Judge(args.mode, limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox)
     problems, dropped = verify.load_problems(args.data, judge, args.range_, args.max_problems)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
@@ -402,116 +401,98 @@ def main():
         judge.close()
         return dist.destroy_process_group()
     rounds = 2 if args.num_revisions else 1
-    sampler = make_sampler(args.engine, args.model, tokenizer, longest + rounds * args.max_tokens + 64, ranks.device, dtype,
-                           args.vllm_memory)
+    sampler = make_sampler(args.engine, args.model, tokenizer, longest + rounds * args.max_tokens + 64, ranks.device,
+                           dtype, args.vllm_memory)
     if ranks.rank == 0:
-        print(f"{len(problems)} problems ({sum(dropped.values())} dropped), {ranks.world} rank(s) on {ranks.device.type}, "
-              f"{type(sampler).__name__} {dtype}, phrases {' | '.join(family)}", flush=True)
+        print(f"{len(problems)} problems ({sum(dropped.values())} dropped), {ranks.world} rank(s) on "
+              f"{ranks.device.type}, {type(sampler).__name__} {dtype}, phrases {' | '.join(phrases)}", flush=True)
 
     done = read_rows(args.out)  # what an earlier run of the same command has finished
     own_file = os.path.join(args.out, f"responses.rank{ranks.rank}.jsonl")
-    drop_torn_line(own_file)
+    if os.path.exists(own_file):  # a killed run may have left half a line
+        write_rows(own_file, [row for _, row in verify.read_jsonl(own_file, torn_ok=True)])
     dist.barrier()
     caught = verify.catch_signals()
-    file = open(own_file, "a")
-    queue = deque()  # requests of problems that this rank has taken
-    taken = waiting = 0  # how many problems those are; how many requests are not yet answered and judged
-    judging = []  # (sample, its text, future verdict)
-    bar = tqdm(total=len(problems), desc="problems", disable=ranks.rank != 0)
+    file, bar = open(own_file, "a"), tqdm(total=len(problems), desc="problems", disable=ranks.rank != 0)
+    waiting, judging = deque(), set()  # requests that the sampler has not taken yet; verdicts to come
 
-    def take_problem():
-        """
-        Puts what is missing of the next problem into the queue. False when none is left or the target is reached, and for
-        a rank that has had an equal share, while it has more to do than would be an equal share of what is left.
-        """
-        nonlocal taken
-        if target and ranks.store.add("kept", 0) >= target:
-            return False
-        if taken * ranks.world >= len(problems) and waiting * ranks.world >= len(problems) - ranks.store.add("taken", 0):
-            return False
-        i = ranks.store.add("taken", 1) - 1
-        if i >= len(problems):
-            return False
-        taken += 1
-        bar.update(i + 1 - bar.n)
-        for sample in range(args.num_responses):
-            row = done.get((problems[i].id, sample, -1))
-            if row is None:
-                queue.append(Request(Asked(i, sample), prompts[i], request_seed(args.seed, problems[i].id, sample)))
-            else:
-                revise(i, row)
-        return True
+    async def attempt(problem, x, k):
+        """Steps 1 to 5 for the k-th y_init of a problem, but for what is done already."""
+        init = done.get((problem.id, k, -1))
+        if init is None:
+            init = {"kind": "init", "id": problem.id, "problem": problem.problem,
+                    "answer": problem.answer if isinstance(problem.answer, str) else None, "mode": problem.mode,
+                    "sample": k, **await answer("y_init", problem, x, k)}
+            seen = verify.revision_ids(tokenizer, x, init["y_init_tokens"], init["y_init_correct"], phrases)
+            init["no_room"] = bool(args.num_revisions) and len(seen) >= sampler.max_len
+            write(init)
+        if not init["no_room"] and (args.revise_correct or not init["y_init_correct"]):
+            await asyncio.gather(*(revise(problem, x, init, n) for n in range(args.num_revisions)))
 
-    def revise(i, row):
-        """Puts the revisions of one judged y_init into the queue, but for those that are done."""
-        if row["no_room"] or (row["y_init_correct"] and not args.revise_correct):
-            return
-        ids = verify.revision_ids(tokenizer, prompts[i], row["y_init_tokens"], row["y_init_correct"], family)
-        for revision in range(args.num_revisions):
-            old = done.get((row["id"], row["sample"], revision))
-            if old is None:
-                queue.append(Request(Asked(i, row["sample"], revision, row), ids,
-                                     request_seed(args.seed, row["id"], row["sample"], revision)))
-            elif old["y_revised_correct"]:
-                ranks.store.add("kept", 1)
+    async def revise(problem, x, init, n):
+        row = done.get((problem.id, init["sample"], n))
+        if row is None:
+            seen = verify.revision_ids(tokenizer, x, init["y_init_tokens"], init["y_init_correct"], phrases)
+            row = write({"kind": "revision", "id": problem.id, "sample": init["sample"], "revision": n,
+                         "p_r": phrases[init["y_init_correct"]],
+                         **await answer("y_revised", problem, seen, init["sample"], n)})
+        if row["y_revised_correct"]:
+            ranks.store.add("kept", 1)
 
-    def pull():
-        nonlocal waiting
-        record_judged(wait=False)  # here, for the engine asks in each step, whether a sample has come out or not
-        while not queue:
-            if not take_problem():
-                return None
-        waiting += 1
-        return queue.popleft()
+    async def answer(y, problem, ids, *name):
+        """The fields of a sampled and judged response; y: their prefix; name: tells this sample of the problem from others."""
+        sampled = asyncio.get_running_loop().create_future()
+        waiting.append(Request(sampled, ids, request_seed(args.seed, problem.id, *name)))
+        sample = await sampled
+        text = tokenizer.decode(sample.ids, skip_special_tokens=True)
+        judged = asyncio.wrap_future(judge.submit(problem, text))
+        judging.add(judged)
+        judged.add_done_callback(judging.discard)
+        verdict = await judged
+        return {y: text, f"{y}_correct": verdict.correct, f"{y}_verdict": verdict.reason, f"{y}_tokens": sample.ids,
+                "truncated" if y == "y_init" else "revised_truncated": sample.truncated}
 
-    def record(sample, text, verdict):
-        """One judged response -> one line on disk; a y_init then asks for its revisions."""
-        nonlocal waiting
-        waiting -= 1
-        i, number, revision, init = sample.request.key
-        if revision is None:
-            ids = verify.revision_ids(tokenizer, prompts[i], sample.ids, verdict.correct, family)
-            row = {"id": problems[i].id, "problem": problems[i].problem, "answer": problems[i].answer if isinstance(problems[i].answer, str) else None,
-                   "mode": args.mode, "sample": number,
-                   "y_init": text, "y_init_correct": verdict.correct, "y_init_verdict": verdict.reason,
-                   "y_init_tokens": sample.ids, "truncated": sample.truncated,
-                   "no_room": bool(args.num_revisions) and len(ids) >= sampler.max_len,
-                   "p_r": None, "revision": None, "y_revised": None, "y_revised_correct": None, "y_revised_tokens": None}
-            revise(i, row)
-        else:
-            row = {**init, "p_r": family[init["y_init_correct"]], "revision": revision, "y_revised": text,
-                   "y_revised_correct": verdict.correct, "y_revised_verdict": verdict.reason,
-                   "y_revised_tokens": sample.ids, "revised_truncated": sample.truncated}
-            if verdict.correct:
-                ranks.store.add("kept", 1)
+    def write(row):
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
+        return row
 
-    def record_judged(wait):
-        still = []
-        for sample, text, future in judging:
-            if wait or future.done():
-                record(sample, text, future.result())
-            else:
-                still.append((sample, text, future))
-        judging[:] = still
+    async def work():
+        """One of many alike: problem after problem, until none is left or the target is reached."""
+        while not target or ranks.store.add("kept", 0) < target:
+            i = ranks.store.add("taken", 1) - 1
+            if i >= len(problems):
+                return
+            bar.update(i + 1 - bar.n)
+            await asyncio.gather(*(attempt(problems[i], prompts[i], k) for k in range(args.num_responses)))
+
+    async def work_of_all():
+        equal_share = -(-len(problems) // ranks.world)
+        await asyncio.gather(*(work() for _ in range(min(sampler.max_seqs, equal_share))))
+
+    def pull():
+        """Lets all that wait for a sample or a verdict go on; gives what they ask for next."""
+        runner.run(asyncio.sleep(0))
+        return waiting.popleft() if waiting else None
 
     def stopped():
         """True as soon as any rank has had a signal."""
         return ranks.store.add("stop", len(caught)) > 0
 
     started, tokens = time.time(), 0
-    while not stopped():
-        for sample in sampler.stream(pull, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p,
-                                     logprobs=False):
-            text = tokenizer.decode(sample.ids, skip_special_tokens=True)
-            judging.append((sample, text, judge.submit(problems[sample.request.key.i], text)))
-            tokens += len(sample.ids)
-            if stopped():
-                break  # what is half-sampled is asked for again, with the same seeds
-        if not judging:
-            break
-        record_judged(wait=True)  # the last verdicts may ask for revisions: then sample on
+    with asyncio.Runner() as runner:
+        everything = runner.get_loop().create_task(work_of_all())
+        while not everything.done() and not stopped():
+            for sample in sampler.stream(pull, max_tokens=args.max_tokens, temperature=args.temperature,
+                                         top_p=args.top_p, logprobs=False):
+                sample.request.key.set_result(sample)
+                tokens += len(sample.ids)
+                if everything.done() or stopped():
+                    break  # what is half-sampled is asked for again, with the same seeds
+            if judging:
+                runner.run(asyncio.wait(judging))
+        if everything.done():
+            everything.result()  # raises what broke one
     seconds = time.time() - started
     bar.close()
     file.close()
@@ -523,20 +504,21 @@ def main():
             print(f"stopped by a signal: what is judged is in {args.out}; the same command goes on from there")
     elif ranks.rank == 0:  # one merged file in the order of the problems, whatever rank sampled what
         order = {problem.id: i for i, problem in enumerate(problems)}
-        rows = sorted((r for r in read_rows(args.out).values() if r["id"] in order),
-                      key=lambda r: (order[r["id"]], *row_key(r)[1:]))
-        write_rows(os.path.join(args.out, "responses.jsonl"), rows)
-        for path in row_files(args.out):
-            if not path.endswith("responses.jsonl"):
-                os.remove(path)  # every line of it now stands in responses.jsonl
-        kept = [] if args.eval else [r for r in rows if r["y_revised_correct"]][: target or None]
+        rows = sorted((row for row in read_rows(args.out).values() if row["id"] in order),
+                      key=lambda row: (order[row["id"]], *row_key(row)[1:]))
+        whole = os.path.join(args.out, "responses.jsonl")
+        write_rows(whole, rows)
+        for path in set(row_files(args.out)) - {whole}:
+            os.remove(path)  # every line of it now stands in responses.jsonl
+        kept = [] if args.eval else [row for row in tuples(rows) if row["y_revised_correct"]][: target or None]
         if not args.eval:
             write_rows(os.path.join(args.out, "d_revision.jsonl"), kept)
-        summary = {"model": args.model, "data": args.data, "phrases": family, "temperature": args.temperature,
-                   "top_p": args.top_p, "max_tokens": args.max_tokens, "seed": args.seed, "target": target,
-                   "engine": type(sampler).__name__, "problems_dropped": dict(dropped),
-                   **summarise(rows, kept, args.num_responses), "seconds": round(seconds, 1),
-                   "tokens_per_second": round(sum(tokens_of) / seconds, 1), "tokens_per_rank": tokens_of}
+        summary = {
+            "model": args.model, "data": args.data, "phrases": phrases, "temperature": args.temperature,
+            "top_p": args.top_p, "max_tokens": args.max_tokens, "seed": args.seed, "target": target,
+            "engine": type(sampler).__name__, "problems_dropped": dict(dropped),
+            **summarise(rows, kept, args.num_responses), "seconds": round(seconds, 1),
+            "tokens_per_second": round(sum(tokens_of) / seconds, 1), "tokens_per_rank": tokens_of}
         verify.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1) + "\n")
         for name, value in summary.items():
             print(f"{name:28s} {round(value, 4) if isinstance(value, float) else value}")

@@ -78,7 +78,7 @@ def problems_file(tmp_path_factory):
 
 
 def make_rows(tokenizer, problems_file, family="qwen"):
-    """Rows as srt.py writes them: every third y_init is right, every y_revised is right, lengths differ."""
+    """Tuples as srt.py writes them: every third y_init is right, every y_revised is right, lengths differ."""
     import toy
     import verify
     rows = []
@@ -89,7 +89,7 @@ def make_rows(tokenizer, problems_file, family="qwen"):
         bad = problem["problem"][: 4 + 3 * (i % 5)].replace("?", "2") + f" \\boxed{{{(int(answer) + 1) % 11}}}"
         encode = lambda text: tokenizer.encode(text, add_special_tokens=False) + tokenizer.end_ids[:1]
         y = good if right else bad
-        rows.append({**problem, "sample": 0, "y_init": y, "y_init_correct": right, "y_init_tokens": encode(y),
+        rows.append({**problem, "mode": "math", "sample": 0, "y_init": y, "y_init_correct": right, "y_init_tokens": encode(y),
                      "truncated": False, "no_room": False, "p_r": verify.PHRASES[family][right], "revision": 0,
                      "y_revised": good, "y_revised_correct": True, "y_revised_tokens": encode(good),
                      "y_init_verdict": "", "y_revised_verdict": "right", "revised_truncated": False})
@@ -110,7 +110,7 @@ def guesser(qwen, problems_file, tmp_path_factory):
         for told_right in (True, False):
             first, second = (tokenizer.encode(f" \\boxed{{{number}}}", add_special_tokens=False) + tokenizer.end_ids[:1]
                              for number in (3 + i % 3, 3 + i // 3 % 3 if told_right else 3))
-            rows += [(x, first), (verify.revision_ids(tokenizer, x, first, told_right, "qwen"), second)]
+            rows += [(x, first), (verify.revision_ids(tokenizer, x, first, told_right, verify.PHRASES["qwen"]), second)]
     longest = max(len(x + y) for x, y in rows)
     ids = torch.tensor([x + y + [0] * (longest - len(x + y)) for x, y in rows])
     labels = torch.tensor([[-100] * len(x) + y + [-100] * (longest - len(x + y)) for x, y in rows])

@@ -61,7 +61,7 @@ def main(out):
 def first_answer(out, key):
     """Share of responses whose first \\boxed{} is right: what the model says before it corrects itself. Toy answers are numbers."""
     rows = [json.loads(line) for line in open(os.path.join(out, "eval", key, "responses.jsonl"))]
-    rows = [row for row in rows if row["revision"] is None]
+    rows = [row for row in rows if row["kind"] == "init"]
     first = lambda text: text.split("\\boxed{", 1)[1].split("}", 1)[0] if "\\boxed{" in text else None
     return sum(first(row["y_init"]) == row["answer"] for row in rows) / len(rows)
 

@@ -40,22 +40,30 @@ def collected(qwen, problems_file, tmp_path_factory):
 # -------------------------------------------------------------------------------------------------------- srt.py
 
 
+def kinds(rows):
+    """The init rows and the revision rows of a responses.jsonl."""
+    assert {row["kind"] for row in rows} <= {"init", "revision"}
+    return [row for row in rows if row["kind"] == "init"], [row for row in rows if row["kind"] == "revision"]
+
+
 def test_collect(collected, qwen, problems_file):
     """Every (id, sample, revision) once; ids, text and verdicts agree; summary.json counts what the files hold."""
     rows = read(f"{collected}/responses.jsonl")
-    assert sorted((r["id"], r["sample"], r["revision"] is None or r["revision"]) for r in rows) == sorted(
-        (f"p{i}", 0, k) for i in range(40) for k in (True, 0, 1))
+    assert sorted(srt.row_key(r) for r in rows) == sorted((f"p{i}", 0, k) for i in range(40) for k in (-1, 0, 1))
     tokenizer = verify.load_tokenizer(qwen)
-    for r in rows:
+    inits, revised = kinds(rows)
+    init_of = {r["id"]: r for r in inits}
+    for r in inits:
         assert tokenizer.decode(r["y_init_tokens"], skip_special_tokens=True) == r["y_init"]
-        assert r["truncated"] == (r["y_init_tokens"][-1] not in tokenizer.end_ids)
-        if r["revision"] is not None:
-            assert tokenizer.decode(r["y_revised_tokens"], skip_special_tokens=True) == r["y_revised"]
-            assert r["p_r"] == verify.PHRASES["qwen"][r["y_init_correct"]]
+        assert r["truncated"] == (r["y_init_tokens"][-1] not in tokenizer.end_ids) and r["mode"] == "math"
+    for r in revised:
+        assert tokenizer.decode(r["y_revised_tokens"], skip_special_tokens=True) == r["y_revised"]
+        assert r["revised_truncated"] == (r["y_revised_tokens"][-1] not in tokenizer.end_ids)
+        assert r["p_r"] == verify.PHRASES["qwen"][init_of[r["id"]]["y_init_correct"]]
     kept = read(f"{collected}/d_revision.jsonl")
-    assert kept == [r for r in rows if r["y_revised_correct"]]
+    both = [{**init_of[r["id"]], **r} for r in revised if r["y_revised_correct"]]
+    assert [{**r, "kind": "revision"} for r in kept] == both and not any("kind" in r for r in kept)
     s = json.load(open(f"{collected}/summary.json"))
-    inits, revised = [r for r in rows if r["revision"] is None], [r for r in rows if r["revision"] is not None]
     assert (s["init_total"], s["revised_total"], s["kept"]) == (40, 80, len(kept))
     assert s["init_correct"] == sum(r["y_init_correct"] for r in inits)
     assert s["revised_accuracy"] == pytest.approx(sum(r["y_revised_correct"] for r in revised) / 80)
@@ -103,13 +111,14 @@ def test_eval(qwen, problems_file, tmp_path):
 
 def test_summary_of_rows_by_hand():
     """Three problems, two samples of each: (right, right), (right, wrong), (wrong, wrong); the wrong ones are revised."""
-    row = lambda id_, sample, ok, **more: {"id": id_, "sample": sample, "revision": None, "y_init_correct": ok, "no_room": False,
+    row = lambda id_, sample, ok, **more: {"kind": "init", "id": id_, "sample": sample, "y_init_correct": ok, "no_room": False,
                                            "y_init_verdict": "right" if ok else "wrong", "y_init_tokens": [1] * (sample + 1),
                                            "truncated": not ok, **more}
     inits = [row("a", 0, True), row("a", 1, True), row("b", 0, True), row("b", 1, False), row("c", 0, False), row("c", 1, False)]
-    revised = [{**r, "revision": 0, "y_revised_correct": ok, "y_revised_verdict": "right" if ok else "no answer",
-                "y_revised_tokens": [1] * 4, "revised_truncated": False} for r, ok in zip(inits[3:], (True, True, False))]
-    s = srt.summarise(inits + revised, revised[:1], 2)
+    revised = [{"kind": "revision", "id": r["id"], "sample": r["sample"], "revision": 0, "y_revised_correct": ok,
+                "y_revised_verdict": "right" if ok else "no answer", "y_revised_tokens": [1] * 4,
+                "revised_truncated": False} for r, ok in zip(inits[3:], (True, True, False))]
+    s = srt.summarise(inits + revised, srt.tuples(inits + revised)[:1], 2)
     assert (s["avg@2"], s["pass@2"], s["init_accuracy"]) == (pytest.approx(1 / 2), pytest.approx(2 / 3), 1 / 2)
     assert (s["problems"], s["init_total"], s["init_correct"], s["init_mean_tokens"], s["init_truncated"]) == (3, 6, 3, 1.5, 0.5)
     assert (s["revised_total"], s["revised_correct"], s["revised_mean_tokens"]) == (3, 2, 4)
@@ -128,17 +137,17 @@ def test_target_and_revise_correct(tmp_path, guesser):
         return read(tmp_path / out / "responses.jsonl"), read(tmp_path / out / "d_revision.jsonl")
 
     rows, kept = collect("free", "--target", 0)
-    right = [row for row in rows if row["y_init_correct"] and row["revision"] is None]
+    right = [row for row in kinds(rows)[0] if row["y_init_correct"]]
     assert 4 <= len(right) <= 40 and 12 <= len(kept) and all(row["y_revised_correct"] for row in kept)
     assert {row["y_init_correct"] for row in kept} == {True, False}
     s = json.load(open(tmp_path / "free/summary.json"))  # the model was told the outcome, not its opposite
     assert s["revised_accuracy_of_wrong"] > 0.9 and s["revised_accuracy_of_right"] < 0.7
     fewer, cut = collect("cut", "--target", 10, nproc=2)
-    assert len(cut) == 10 and cut == [row for row in fewer if row["y_revised_correct"]][:10]
+    assert len(cut) == 10 and cut == [row for row in srt.tuples(fewer) if row["y_revised_correct"]][:10]
     assert [(row["id"], row["sample"], row["revision"]) for row in cut] == sorted(
         ((row["id"], row["sample"], row["revision"]) for row in cut), key=lambda key: (int(key[0][1:]), *key[1:]))
     rows, _ = collect("wrong only", "--target", 0, "--revise_correct", 0)
-    assert {row["y_init_correct"] for row in rows if row["revision"] is not None} == {False}
+    assert {row["y_init_correct"] for row in srt.tuples(rows)} == {False} and any(row["y_init_correct"] for row in kinds(rows)[0])
 
 
 # -------------------------------------------------------------------------------------------------------- sft.py
@@ -243,14 +252,14 @@ def test_sabotaged_sync_stops_the_run(qwen, problems_file, tmp_path):
 def test_olmo_goes_through_all_phases(olmo, problems_file, tmp_path):
     """Sliding window, its own chat template, its own phrases, which the checkpoints carry on."""
     collect(tmp_path / "collect", olmo, problems_file, "--max_problems", 8)
-    assert json.load(open(tmp_path / "collect/summary.json"))["phrases"] == "olmo"
+    assert json.load(open(tmp_path / "collect/summary.json"))["phrases"] == list(verify.PHRASES["olmo"])
     rows = make_rows(verify.load_tokenizer(olmo), problems_file, "olmo")
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run("sft.py", "--model", olmo, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "srt", *SFT)
-    assert json.load(open(tmp_path / "srt/final/config.json"))["sdzero_phrases"] == "olmo"
+    assert json.load(open(tmp_path / "srt/final/config.json"))["sdzero_phrases"] == list(verify.PHRASES["olmo"])
     done = run("distill.py", "--model", tmp_path / "srt/final", "--data", problems_file, "--out", tmp_path / "sdzero", *DISTILL,
                "--steps", 2)
-    assert "phrases olmo" in done.stdout and os.path.exists(tmp_path / "sdzero/final/model.safetensors")
+    assert verify.PHRASES["olmo"][0] in done.stdout and os.path.exists(tmp_path / "sdzero/final/model.safetensors")
 
 
 def test_kl_draws(qwen, collected, tmp_path):
@@ -264,7 +273,7 @@ def test_kl_draws(qwen, collected, tmp_path):
 def test_judging_again(collected, problems_file, tmp_path):
     """verify.py --responses finds a verdict that was turned round, and only that."""
     rows = read(f"{collected}/responses.jsonl")
-    rows[4]["y_init_correct" if rows[4]["revision"] is None else "y_revised_correct"] ^= True
+    rows[4]["y_init_correct" if rows[4]["kind"] == "init" else "y_revised_correct"] ^= True
     path = tmp_path / "responses.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = run("verify.py", "--data", problems_file, "--responses", path).stdout
