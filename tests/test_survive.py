@@ -526,7 +526,7 @@ verify.py   --data {twice.jsonl}                    ids must differ
 verify.py   --range 9:5                             is empty
 verify.py   --responses {missing.jsonl}             missing.jsonl is not there
 verify.py   --responses {not_json.jsonl}            not_json.jsonl
-verify.py   --mode poem                             invalid choice
+verify.py   --mode poem                             poem.py is not there
 """
 
 
