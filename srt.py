@@ -1,5 +1,5 @@
 """
-Phase 1a of SD-Zero: sample, judge, revise, judge, keep -> D_revision. With --eval the same loop is the evaluation.
+Phase 1a of SD-Zero: sample, judge, revise, judge, keep -> D_revision. With --eval the same loop evaluates.
 
   for each problem x
     1. y_init ~ pi(. | x)                            --num_responses
@@ -8,11 +8,12 @@ Phase 1a of SD-Zero: sample, judge, revise, judge, keep -> D_revision. With --ev
     4. y_revised ~ pi(. | x, y_init, P_r)            --num_revisions
     5. keep (x, y_init, P_r, y_revised) if y_revised is right, up to --target
 
-Departures from the official code: every GPU samples; problems are handed out one by one; verdicts come in while others
-are still being sampled; a response is on disk as soon as it is judged, so the same command goes on after a kill;
-responses are kept as token ids too, so nothing is ever tokenised twice.
+Departures from the official code: every GPU samples; problems are handed out one by one; verdicts come in while
+others are still being sampled; a response is on disk as soon as it is judged, so the same command goes on after a
+kill; responses are kept as token ids too, so nothing is ever tokenised twice.
 
-    python srt.py --model Qwen/Qwen3-4B-Instruct-2507 --data open-r1/OpenR1-Math-220k --range 0:10000 --out runs/collect
+    python srt.py --model Qwen/Qwen3-4B-Instruct-2507 --data open-r1/OpenR1-Math-220k --range 0:10000 \\
+        --out runs/collect
     torchrun --nproc_per_node 8 srt.py ... the same
     python srt.py --eval --model runs/sdzero/final --data aime24.jsonl --num_responses 8 --temperature 0.7 \\
         --max_tokens 32768 --out runs/aime
@@ -42,11 +43,11 @@ FREE = "target engine dtype vllm_memory judge_seconds unsafe_no_sandbox"
 
 # ---------------------------------------------------------------------------------------------------- samplers
 # Two engines, one interface:
-#   stream(pull, ...)      yields a Sample as soon as it is finished; `pull()` gives the next Request, or None for now;
-#                          logprobs=False where the caller needs none, for vLLM is faster then
+#   stream(pull, ...)      yields a Sample as soon as it is finished; `pull()` gives the next Request, or None for
+#                          now; logprobs=False where the caller needs none, for vLLM is faster then
 #   generate(prompts, ...) the Samples of a list of prompts, in order
 #   load(named_tensors)    new weights, named as in the checkpoint
-#   max_seqs, max_len      requests that are sampled at once; tokens of prompt and response together
+#   max_seqs, max_len      how many are sampled at once; tokens of prompt and response together
 
 
 class Request(NamedTuple):
@@ -58,7 +59,7 @@ class Request(NamedTuple):
 class Sample(NamedTuple):
     request: Request
     ids: list  # sampled token ids, end-of-turn included if it was sampled
-    logprobs: list  # log pi(token) of each, at temperature 1 over the whole vocabulary; may be empty if not asked for
+    logprobs: list  # log pi(token) of each, at temperature 1 over the whole vocabulary; perhaps [] if not asked for
     truncated: bool  # ended by max_tokens or the model's length, not by an end-of-turn
 
 
@@ -86,7 +87,7 @@ class HFSampler(Sampler):
     def __init__(self, model, tokenizer, max_len, device, dtype, max_seqs=256):
         from transformers import AutoModelForCausalLM
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
-        self.end_ids = torch.tensor(tokenizer.end_ids, device=device)
+        self.end_ids = tokenizer.end_ids
         self.device, self.max_seqs = device, max_seqs
         self.max_len = min(max_len, verify.context_length(model))
 
@@ -98,36 +99,33 @@ class HFSampler(Sampler):
     def sample(self, requests, max_tokens, temperature, top_p):
         from transformers import DynamicCache
         width = max(len(r.ids) for r in requests)
-        ids = torch.tensor([[0] * (width - len(r.ids)) + r.ids for r in requests], device=self.device)  # [B, T]
-        mask = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in requests], device=self.device)
+        padding = [[0] * (width - len(r.ids)) for r in requests]
+        ids = torch.tensor([left + r.ids for left, r in zip(padding, requests)], device=self.device)  # [B, T]
+        mask = torch.tensor([left + [1] * (width - len(left)) for left in padding], device=self.device)
         position = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
-        live = list(range(len(requests)))  # rows of the batch -> requests
-        room = torch.tensor([self.room(r.ids, max_tokens) for r in requests], device=self.device)
         noise = [np.random.Generator(np.random.Philox(r.seed)) for r in requests]
         tokens, logps = [[] for _ in requests], [[] for _ in requests]
-        for t in range(int(room.max())):
+        room = [self.room(r.ids, max_tokens) for r in requests]
+        live = list(range(len(requests)))  # rows of the batch -> requests
+        while live:
             logits = self.model(ids, attention_mask=mask, position_ids=position, past_key_values=cache,
                                 logits_to_keep=1).logits[:, -1].float()  # [B, V]
             uniform = torch.tensor([noise[i].random() for i in live], dtype=torch.double, device=self.device)
             token = pick(logits, uniform, temperature, top_p)
             logp = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
-            for row, (i, a, b) in enumerate(zip(live, token.tolist(), logp.tolist())):
-                if room[row] > t:  # rows that have ended stay in the batch until it is worth dropping them
-                    tokens[i].append(a)
-                    logps[i].append(b)
-            room = torch.where(torch.isin(token, self.end_ids) | (room <= t + 1), 0, room)
-            if not (room > 0).any():
-                break
+            for i, a, b in zip(live, token.tolist(), logp.tolist()):
+                tokens[i].append(a)
+                logps[i].append(b)
+            rows = [row for row, i in enumerate(live)
+                    if tokens[i][-1] not in self.end_ids and len(tokens[i]) < room[i]]  # that go on
+            if len(rows) < len(live):
+                live, token, position, mask = [live[row] for row in rows], token[rows], position[rows], mask[rows]
+                cache.batch_select_indices(torch.tensor(rows, dtype=torch.long, device=self.device))
             ids, position = token[:, None], position[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-            if (room == 0).sum() * 8 >= len(live):
-                keep = room.nonzero()[:, 0]
-                ids, position, mask, room = ids[keep], position[keep], mask[keep], room[keep]
-                cache.batch_select_indices(keep)
-                live = [live[i] for i in keep.tolist()]
         for request, y, logp in zip(requests, tokens, logps):
-            yield Sample(request, y, logp, not y or y[-1] not in self.end_ids)
+            yield Sample(request, y, logp, y[-1] not in self.end_ids)
 
     @torch.no_grad()
     def load(self, named_tensors):
@@ -143,8 +141,8 @@ class HFSampler(Sampler):
 
 def pick(logits, uniform, temperature, top_p):
     """
-    One token per row by inverting the cumulative distribution at `uniform` [B] in [0, 1): the same number gives the same
-    token whatever the batch. top_p keeps the fewest most likely tokens whose mass reaches it. logits [B, V] -> [B].
+    One token per row by inverting the cumulative distribution at `uniform` [B] in [0, 1): the same number gives the
+    same token whatever the batch. top_p keeps the fewest most likely tokens whose mass reaches it. [B, V] -> [B].
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -154,7 +152,8 @@ def pick(logits, uniform, temperature, top_p):
         probs, order = probs.sort(-1, descending=True)
         probs = probs * (probs.cumsum(-1) - probs < top_p)
     cdf = probs.cumsum(-1)
-    index = torch.searchsorted(cdf, uniform[:, None].to(cdf) * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+    index = torch.searchsorted(cdf, uniform[:, None].to(cdf) * cdf[:, -1:], right=True)
+    index = index.clamp(max=cdf.shape[1] - 1)
     return (index if order is None else order.gather(1, index))[:, 0]
 
 
@@ -162,7 +161,7 @@ class VLLMSampler(Sampler):
     """vLLM in this process, one engine per rank; `step()` by hand, so that finished samples come out at once."""
 
     def __init__(self, model, tokenizer, max_len, device, dtype, memory=0.85, max_seqs=256, eager=False):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this very process: weights go in by reference
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: weights go in by reference
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         from vllm import LLM
@@ -174,7 +173,8 @@ class VLLMSampler(Sampler):
         self.llm = LLM(
             model, tensor_parallel_size=1, max_model_len=self.max_len, max_num_seqs=max_seqs, seed=0,
             dtype=str(dtype).removeprefix("torch."), gpu_memory_utilization=memory, generation_config="vllm",
-            enforce_eager=eager or self.on_cpu, **(whole_prompts if self.on_cpu else {"enable_sleep_mode": True}),
+            enforce_eager=eager or self.on_cpu,
+            **(whole_prompts if self.on_cpu else {"enable_sleep_mode": True}),
             distributed_executor_backend="external_launcher" if dist.get_world_size() > 1 else None)
 
     def stream(self, pull, max_tokens, temperature=1.0, top_p=1.0, logprobs=True):
@@ -185,8 +185,8 @@ class VLLMSampler(Sampler):
             while len(flying) < self.max_seqs and (request := pull()) is not None:
                 params = SamplingParams(
                     max_tokens=self.room(request.ids, max_tokens), temperature=temperature, top_p=top_p,
-                    seed=request.seed, stop_token_ids=self.end_ids, detokenize=False,
-                    logprobs=0 if logprobs else None, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)
+                    seed=request.seed, stop_token_ids=self.end_ids, detokenize=False, flat_logprobs=True,
+                    logprobs=0 if logprobs else None, output_kind=RequestOutputKind.FINAL_ONLY)
                 engine.add_request(str(counter), {"prompt_token_ids": request.ids}, params)
                 flying[str(counter)] = request
                 counter += 1
@@ -211,7 +211,7 @@ class VLLMSampler(Sampler):
         if self.on_cpu:  # the CPU back end repacks weights after loading; a reload undoes and redoes that,
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
             # but for the packed copy of a tied head, which would keep the old weights
-            self.llm.apply_model(lambda model: model.lm_head.quant_method.process_weights_after_loading(model.lm_head))
+            self.llm.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
         else:
             self.llm.apply_model(lambda model: len(model.load_weights(named_tensors)))
         self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
@@ -231,7 +231,7 @@ def make_sampler(engine, model, tokenizer, max_len, device, dtype, vllm_memory):
 def engine_name(text):
     """The argparse type of --engine."""
     if text == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise argparse.ArgumentTypeError("vLLM is not installed; pip install -r requirements.txt, or use --engine hf")
+        raise argparse.ArgumentTypeError("vLLM is not installed; pip install -r requirements.txt, or --engine hf")
     return text
 
 
@@ -239,7 +239,7 @@ def check_lengths(model, prompts, max_tokens):
     """Ends the program where the model cannot take a prompt, or never --max_tokens. Returns the longest's length."""
     limit, longest = verify.context_length(model), max(map(len, prompts))
     if max_tokens > limit:
-        fail(f"--max_tokens {max_tokens}: --model {model} takes {limit} tokens, prompt and response together; lower it")
+        fail(f"--max_tokens {max_tokens}: --model {model} takes {limit} tokens with the prompt; lower it")
     if longest >= limit:
         fail(f"--data: a prompt has {longest} tokens but --model {model} takes {limit}; drop it with --range")
     return longest
@@ -308,40 +308,41 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
+def measures(name, y, rows):
+    """What is counted of y_init and of y_revised alike."""
+    cut = "truncated" if y == "y_init" else "revised_truncated"
+    return {
+        f"{name}_total": len(rows), f"{name}_correct": sum(row[f"{y}_correct"] for row in rows),
+        f"{name}_accuracy": mean(row[f"{y}_correct"] for row in rows),
+        f"{name}_verdicts": dict(Counter(row[f"{y}_verdict"] for row in rows)),
+        f"{name}_mean_tokens": mean(len(row[f"{y}_tokens"]) for row in rows),
+        f"{name}_truncated": mean(row[cut] for row in rows)}
+
+
 def summarise(rows, kept, num_responses):
     """The counts of the official code and the measures of the paper, from all rows of a run and the tuples kept."""
     inits, revised = [row for row in rows if row["kind"] == "init"], tuples(rows)
     by_problem = {}
     for row in inits:
         by_problem.setdefault(row["id"], []).append(row["y_init_correct"])
-    first, after = mean(r["y_init_correct"] for r in inits), mean(r["y_revised_correct"] for r in revised)
-    all_revised = {row_key(r)[:2] for r in revised} == {row_key(r)[:2] for r in inits}
-    verdicts = Counter(r["y_revised_verdict"] for r in revised)
+    first, after = measures("init", "y_init", inits), measures("revised", "y_revised", revised)
+    p, q = first["init_accuracy"], after["revised_accuracy"]
+    all_revised = {row_key(row)[:2] for row in revised} == {row_key(row)[:2] for row in inits}
+    not_right = {f"y_revised {why}": n for why, n in after["revised_verdicts"].items() if why != "right"}
     return {
-        "problems": len(by_problem),
-        "init_total": len(inits), "init_correct": sum(r["y_init_correct"] for r in inits), "init_accuracy": first,
-        "init_accuracy_95": wilson(first, len(by_problem)) if inits else None,  # one problem's samples count as one
+        "problems": len(by_problem), **first,
+        "init_accuracy_95": wilson(p, len(by_problem)) if inits else None,  # one problem's samples count as one
         f"avg@{num_responses}": mean(map(mean, by_problem.values())),
-        f"pass@{num_responses}": mean(any(ok) for ok in by_problem.values()),
-        "init_verdicts": dict(Counter(r["y_init_verdict"] for r in inits)),
-        "init_mean_tokens": mean(len(r["y_init_tokens"]) for r in inits),
-        "init_truncated": mean(r["truncated"] for r in inits),
-        "revised_total": len(revised), "revised_correct": verdicts["right"], "revised_accuracy": after,
-        "revised_accuracy_of_right": mean(r["y_revised_correct"] for r in revised if r["y_init_correct"]),
-        "revised_accuracy_of_wrong": mean(r["y_revised_correct"] for r in revised if not r["y_init_correct"]),
-        "revised_verdicts": dict(verdicts),
-        "revised_mean_tokens": mean(len(r["y_revised_tokens"]) for r in revised),
-        "revised_truncated": mean(r["revised_truncated"] for r in revised),
+        f"pass@{num_responses}": mean(map(any, by_problem.values())),
+        **after,
+        "revised_accuracy_of_right": mean(row["y_revised_correct"] for row in revised if row["y_init_correct"]),
+        "revised_accuracy_of_wrong": mean(row["y_revised_correct"] for row in revised if not row["y_init_correct"]),
         # share of the errors that one revision removes; only if every y_init was revised
-        "net_correction": (after - first) / (1 - first) if revised and all_revised and first < 1 else None,
-        "kept": len(kept), "kept_after_right_init": sum(r["y_init_correct"] for r in kept),
-        "kept_after_wrong_init": sum(not r["y_init_correct"] for r in kept),
-        "dropped": {
-            **{"y_revised " + why: n for why, n in verdicts.items() if why != "right"},
-            "over the target": verdicts["right"] - len(kept) if kept else 0,
-            "no room to revise": sum(r["no_room"] for r in inits),
-        },
-    }
+        "net_correction": (q - p) / (1 - p) if revised and all_revised and p < 1 else None,
+        "kept": len(kept), "kept_after_right_init": sum(row["y_init_correct"] for row in kept),
+        "kept_after_wrong_init": sum(not row["y_init_correct"] for row in kept),
+        "dropped": {**not_right, "over the target": after["revised_correct"] - len(kept) if kept else 0,
+                    "no room to revise": sum(row["no_room"] for row in inits)}}
 
 
 # -------------------------------------------------------------------------------------------------------- main

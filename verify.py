@@ -1,17 +1,17 @@
 """
 What a problem is, how it is asked, and how verdicts are given. Every phase speaks through this file.
 
-  problems    load_problems(path or hub name, judge)     -> [Problem], and why the others were dropped
-  tokens      chat_ids(tokenizer, problem)               -> x:  the prompt, by the tokenizer's own chat template
-              revision_ids(tokenizer, x, y, correct, p)  -> x, y without its end of turn, "\\n\\n" + P_r + "\\n\\n"
-  verdicts    Judge(mode)(problems, responses)           -> [Verdict], the binary reward, in worker processes
+  problems    load_problems(path or hub name, judge)    -> [Problem], and why others were dropped
+  tokens      chat_ids(tokenizer, problem)              -> x: the prompt, by the tokenizer's chat template
+              revision_ids(tokenizer, x, y, correct, p) -> x, y without its end of turn, "\\n\\n" + P_r + "\\n\\n"
+  verdicts    Judge(mode)(problems, responses)          -> [Verdict], the binary reward, in worker processes
 
-What is right is said by a verifier, one file: verifiers/math.py, verifiers/code.py, or your own, --mode my_reward.py.
+What is right a verifier says: verifiers/math.py, verifiers/code.py, or a file of your own, --mode my_reward.py.
 
-Departures from the official code, which has three different prompts and joins text in one phase, ids in another:
-here there is one prompt, P_r meets tokens in one place, and ids are never decoded and encoded again.
+Departures from the official code, which has three different prompts and joins text in one phase, ids in
+another: here there is one prompt, P_r meets tokens in one place, and ids are never decoded and encoded again.
 
-    python verify.py --data gsm8k_test.jsonl                                  # what is kept, what is dropped, and why
+    python verify.py --data gsm8k_test.jsonl                                  # what is kept, dropped, and why
     python verify.py --data gsm8k_test.jsonl --responses O/responses.jsonl    # judge again: what changed
 """
 import argparse
@@ -35,7 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# ---------------------------------------------------------------------------------------------------------- ranks
+# --------------------------------------------------------------------------------------- ranks and folders
 
 
 class Ranks(NamedTuple):
@@ -53,25 +53,26 @@ def launch():
     import torch
     import torch.distributed as dist
     import transformers
-    transformers.utils.logging.disable_progress_bar()  # of loading weights: it would run through the step lines
+    transformers.utils.logging.disable_progress_bar()  # of loading weights: it would break the step lines
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        store, rank, world = next(dist.rendezvous("env://"))
-    else:
-        store, rank, world = dist.HashStore(), 0, 1
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=rank,
-                            world_size=world)
+    store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("group", store),
+                            rank=rank, world_size=world)
     shown = sys.excepthook  # torch's by now: a traceback with the rank before each line
-    sys.excepthook = lambda kind, error, traceback: (
-        print(f"error: {line}", file=sys.stderr, flush=True) if (line := mendable(error)) else shown(kind, error, traceback))
+
+    def excepthook(kind, error, trace):
+        line = mendable(error)
+        print(f"error: {line}", file=sys.stderr, flush=True) if line else shown(kind, error, trace)
+
+    sys.excepthook = excepthook
     return Ranks(rank, world, device, dist.PrefixStore("shared", store))
 
 
 def mendable(error):
-    """One line on an uncaught error that a user can mend (full disk, broken file, out of memory), None for any other."""
+    """A line on an uncaught error that a user can mend (full disk, broken file, out of memory), else None."""
     import torch
     from safetensors import SafetensorError
     from torch.distributed.checkpoint.api import CheckpointException
@@ -79,7 +80,7 @@ def mendable(error):
         error = next(iter(error.failures.values()))[0]
     text = (str(error).splitlines() or [""])[0]
     if isinstance(error, torch.OutOfMemoryError):
-        return f"{text}; lower --micro_tokens (training) or --vllm_memory (sampling), and give the same command again"
+        return f"{text}; lower --micro_tokens (training) or --vllm_memory (sampling); then the same command again"
     if "inline_container.cc" in text:  # how torch.save says that the disk took no more
         text = f"a state could not be written, is the disk full? ({text})"
     elif not isinstance(error, (OSError, SafetensorError)):
@@ -88,7 +89,7 @@ def mendable(error):
 
 
 def catch_signals():
-    """From here on SIGTERM and SIGINT (Ctrl-C) only fill the list that this returns: the caller stops where it is whole."""
+    """From here on SIGTERM and SIGINT only fill the list that this returns: the caller stops where it is whole."""
     caught = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: caught.append(signal.Signals(number).name))
@@ -97,13 +98,12 @@ def catch_signals():
 
 def open_out(args, ranks, free):
     """
-    Makes --out and records the flags of the run in its flags.json, with a hash of the verifier's source; with --fresh an
-    old --out is renamed first, never deleted. Where a run with other flags is in it, they are named; the program ends if
-    one is not among `free` (a string of names), for two runs would be mixed. A flag that an older flags.json lacks had
-    its default then. It ends, too, where another process is at work in the folder.
+    Makes --out, with the flags of the run and a hash of the verifier's source in its flags.json; with --fresh an
+    old folder is renamed first. Flags that differ from those of a run that is in it are named; the program ends if
+    one is not among `free` (a string of names). A flag that an older flags.json lacks had its default then.
     """
     import torch.distributed as dist
-    defaults = {name.rstrip("_"): value for name, value in vars(args).pop("defaults").items()}
+    defaults = vars(args).pop("defaults")
     if ranks.rank == 0:
         os.makedirs(args.out, exist_ok=True)
         hold(args.out)
@@ -114,54 +114,63 @@ def open_out(args, ranks, free):
             os.makedirs(args.out)
             hold(args.out)
         path = os.path.join(args.out, "flags.json")
-        flags = {name.rstrip("_"): value for name, value in vars(args).items() if name not in ("out", "fresh")}
+        flags = {name: value for name, value in named(vars(args)).items() if name not in ("out", "fresh")}
         if "mode" in flags:
-            flags["verifier"] = verifier_hash(args.mode)
+            with open(load_verifier(args.mode).__file__, "rb") as f:
+                flags["verifier"] = hashlib.sha256(f.read()).hexdigest()[:12]
         begun = os.path.exists(path) and os.listdir(args.out) != ["flags.json"]
-        before = {**flags, **defaults, **json.load(open(path))} if begun else flags
+        before = {**flags, **named(defaults), **json.load(open(path))} if begun else flags
         changed = [name for name in flags if before[name] != flags[name]]
         text = ", ".join(f"--{name} {before[name]} -> {flags[name]}" for name in changed)
-        text = text.replace("--verifier", f"the source of the verifier {flags.get('mode')}:")
+        text = text.replace("--verifier", "the verifier's source (its hash)")
         if set(changed) - set(free.split()):
-            fail(f"--out {args.out} was made with other flags: {text}; give the old ones, another --out, or --fresh, which "
-                 "renames the old folder and starts over")
+            fail(f"--out {args.out} was made with other flags: {text}; give the old ones, another --out, or "
+                 "--fresh, which renames the old folder and starts over")
         if changed:
             print(f"flags changed since this run began: {text}", flush=True)
         write_atomically(path, json.dumps(flags, indent=1) + "\n")
     dist.barrier()
 
 
-def hold(folder, seconds=5):
-    """Keeps other runs out of a folder as long as this process lives. One that was just killed is given time to go."""
+def named(flags):
+    """Flags by the names that they have on the command line: `range_` is --range."""
+    return {name.rstrip("_"): value for name, value in flags.items()}
+
+
+def hold(folder):
+    """Keeps other runs out of a folder while this process lives. One that was just killed is given 5 s to go."""
     handle = os.open(folder, os.O_RDONLY)  # never closed
-    until = time.time() + seconds
-    while True:
+    for _ in range(50):
         try:
             return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.time() > until:
-                fail(f"--out {folder}: another run is at work there; wait for it, stop it, or give another --out")
             time.sleep(0.1)
         except OSError:  # a file system without locks
             return
+    fail(f"--out {folder}: another run is at work there; wait for it, stop it, or give another --out")
 
 
 def finished(out, product, **wanted):
     """True, and says so, if a run has ended here: summary.json, the last that it writes, has these values."""
-    path = os.path.join(out, "summary.json")
-    if not os.path.exists(path) or not os.path.exists(os.path.join(out, product)):
+    summary, product = os.path.join(out, "summary.json"), os.path.join(out, product)
+    if not os.path.exists(summary) or not os.path.exists(product):
         return False
-    with open(path) as f:
-        if not wanted.items() <= json.load(f).items():
-            return False
-    say(f"{out}/{product} is there already: nothing to do (--fresh starts over)")
-    return True
+    with open(summary) as f:
+        ended = wanted.items() <= json.load(f).items()
+    if ended:
+        say(f"{product} is there already: nothing to do (--fresh starts over)")
+    return ended
 
 
 def say(message):
     """Prints on one rank, also before there is a process group."""
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
+
+
+def fail(message):
+    """Bad input: ends the program with one line that says what was found and what to do."""
+    raise SystemExit(f"error: {message}")
 
 
 def write_atomically(path, text):
@@ -171,7 +180,7 @@ def write_atomically(path, text):
 
 
 def parse(parser):
-    """The flags of the command line; args.defaults: what they are where none is given; open_out takes that away."""
+    """The flags of the command line; args.defaults: what they are if not given, which open_out takes away."""
     args = parser.parse_args()
     args.defaults = {name: parser.get_default(name) for name in vars(args)}
     return args
@@ -179,20 +188,19 @@ def parse(parser):
 
 def within(kind, low, high=sys.maxsize, above=False):
     """An argparse type: a number within [low, high], or with `above` in (low, high]."""
-    def parse(text):
+    def number(text):
         value = kind(text)
         if not low <= value <= high or (above and value == low):  # nan neither
-            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}"
-                                             + (f" and at most {high}" if high < sys.maxsize else ""))
+            most = f" and at most {high}" if high < sys.maxsize else ""
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}{most}")
         return value
-    parse.__name__ = kind.__name__  # argparse says "invalid int value" where it is none
-    return parse
+    number.__name__ = kind.__name__  # argparse says "invalid int value" where it is none
+    return number
 
 
 natural, positive, share = within(int, 1), within(float, 0, above=True), within(float, 0, 1, above=True)
 
-
-# ------------------------------------------------------------------------------------------------------- problems
+# ------------------------------------------------------------------------------------------------ problems
 
 PROBLEM_FIELDS = ("problem", "question", "prompt")
 
@@ -201,47 +209,40 @@ PROBLEM_FIELDS = ("problem", "question", "prompt")
 class Problem:
     id: str
     problem: str
-    answer: object  # the gold, as the verifier's `gold` gives it
+    answer: object  # the gold, as the verifier gives it
     mode: str = "math"
 
     @staticmethod
     def of_row(row):
-        """The problem of a row of responses.jsonl or d_revision.jsonl."""
+        """The problem of a row of responses.jsonl (kind "init") or d_revision.jsonl."""
         return Problem(str(row["id"]), row["problem"], row.get("answer"), row.get("mode", "math"))
-
-
-def fail(message):
-    """Bad input: ends the program with one line that says what was found and what to do."""
-    raise SystemExit(f"error: {message}")
 
 
 def read_jsonl(path, torn_ok=False):
     """
-    Yields (line number, row) of a .jsonl file. torn_ok: a last line without its newline, left by a killed run, is
-    skipped. Ends the program, naming file and line, on anything that is not one JSON object per line.
+    Yields (line number, row) of a .jsonl file. torn_ok: a last line without its newline, left by a killed run,
+    is skipped. Ends the program, naming file and line, on anything that is not one JSON object per line.
     """
     if not os.path.isfile(path):
         fail(f"{path} is {'a folder' if os.path.isdir(path) else 'not there'}; a .jsonl file is wanted")
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
-            if not line.strip() or (torn_ok and not line.endswith(b"\n")):
+            whole = line.endswith(b"\n")
+            if not line.strip() or (torn_ok and not whole):
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as e:
-                fail(f"{path}:{number}: not UTF-8 ({e.reason} at byte {e.start}); convert the file to UTF-8")
-            except json.JSONDecodeError as e:
-                torn = "" if line.endswith(b"\n") else ", the last line is torn, as a killed run leaves it"
-                fail(f"{path}:{number}: not JSON ({e.msg} at column {e.colno}{torn}); mend or remove this line")
-            except RecursionError:
-                fail(f"{path}:{number}: nested too deeply; remove this line")
+            except (ValueError, RecursionError) as e:
+                names = {UnicodeDecodeError: "not UTF-8", RecursionError: "nested too deeply"}
+                torn = "" if whole else "; the last line is torn, as a killed run leaves it"
+                fail(f"{path}:{number}: {names.get(type(e), 'not JSON')} ({e}{torn}); mend or remove this line")
             if not isinstance(row, dict):
                 fail(f"{path}:{number}: a JSON object is wanted, found {type(row).__name__}")
             yield number, row
 
 
 def need(row, path, line, **fields):
-    """Checks that a row has these fields with these types; ends the program naming file, line and field if not."""
+    """Ends the program, naming file, line and field, where a row has not these fields with these types."""
     for name, kind in fields.items():
         if not isinstance(row.get(name), kind):
             found = f"found {type(row[name]).__name__}" if name in row else "it is missing"
@@ -250,27 +251,29 @@ def need(row, path, line, **fields):
 
 def load_rows(data):
     """Yields (where, row) of a .jsonl, .json or .parquet file, or of a hub name `name[:config][@split]`."""
-    if data.endswith(".jsonl"):
+    end = os.path.splitext(data)[1]
+    if end == ".jsonl":
         yield from ((f"{data}:{line}", row) for line, row in read_jsonl(data))
         return
-    kind = {".json": "JSON file", ".parquet": "parquet file"}.get(os.path.splitext(data)[1], "data set that the hub gives")
+    kind = {".json": "JSON file", ".parquet": "parquet file"}.get(end, "data set that the hub gives")
     if os.path.exists(data) and "file" not in kind:
         fail(f"--data {data} is not a .jsonl, .json or .parquet file")
     try:
-        if kind == "JSON file":
+        if end == ".json":
             with open(data, encoding="utf-8") as f:
                 rows = json.load(f)
-        elif kind == "parquet file":
+        elif end == ".parquet":
             import pyarrow.parquet
-            rows = (row for part in pyarrow.parquet.ParquetFile(data).iter_batches(1024) for row in part.to_pylist())
+            parts = pyarrow.parquet.ParquetFile(data).iter_batches(1024)
+            rows = (row for part in parts for row in part.to_pylist())
         else:
             import datasets
-            name, _, split_ = data.partition("@")
+            name, _, split = data.partition("@")
             name, _, config = name.partition(":")
-            rows = datasets.load_dataset(name, config or None, split=split_ or "train")  # stays on disk; rows come one by one
+            rows = datasets.load_dataset(name, config or None, split=split or "train")  # stays on disk
     except (OSError, ValueError) as e:
         fail(f"--data {data}: not a {kind}: {str(e).splitlines()[0]}")
-    if kind == "JSON file" and not isinstance(rows, list):
+    if end == ".json" and not isinstance(rows, list):
         fail(f"{data}: a list of rows is wanted, found {type(rows).__name__}")
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
@@ -280,11 +283,11 @@ def load_rows(data):
 
 def load_problems(data, judge, range_=None, max_problems=None):
     """
-    Problems of a file or hub name, in order, and a Counter of why others were dropped (`--data` of every phase).
+    Problems of a file or hub name, in order, and a Counter of why others were dropped (--data of every phase).
 
-    judge: its verifier reads each row's gold answer; a row without one is dropped. range_: "A:B", a slice of the rows as
-    they stand in the file, so that phases given disjoint ranges see disjoint questions: a row that repeats the text of
-    an earlier one, in the range or before it, is dropped. max_problems: at most so many of the kept. Ends the program
+    judge: its verifier gives each row's gold answer, or says why there is none. range_: "A:B", rows as they stand
+    in the file, so that phases given disjoint ranges see disjoint questions: a row that repeats the text of an
+    earlier one, in the range or before it, is dropped. max_problems: at most so many of the kept. Ends the program
     if nothing is left, if two problems have one id, and on rows without a problem.
     """
     if hasattr(judge.verifier, "check"):
@@ -313,22 +316,23 @@ def load_problems(data, judge, range_=None, max_problems=None):
             words += f"\n\n```python\n{starter.strip()}\n```"
         asked.append((Problem(id_, words, None, judge.mode), judge.pool.submit(judge.gold, row)))
         if len(asked) > 200:
-            asked[-200][1].result()  # so that no more rows than these are in memory
+            asked[-200][1].result()  # no more rows than these wait in memory
     problems = []
-    for problem, future in asked:
-        problem.answer, why = future.result()
+    for problem, gold in asked:
+        problem.answer, why = gold.result()
         if problem.answer is None:
             dropped[why] += 1
         else:
             problems.append(problem)
     if n := dropped["gold: crash"]:
-        say(f"--mode {judge.mode}: `gold` crashed on {n} of {len(asked)} rows of {data}, which are dropped; the first:\n"
-            + judge.first_crash["gold"])
+        say(f"--mode {judge.mode}: `gold` crashed on {n} of {len(asked)} rows of {data}, which are dropped; the "
+            f"first time:\n{judge.crashes['gold']}")
     if range_ and i < start:
         fail(f"--range {range_} is empty: the data has {i + 1} rows")
     dropped = +dropped
     if not problems:
-        fail(f"--data {data}: no problem is left of {i + 1 - start}; dropped: {dict(dropped) or 'none, it is empty'}")
+        why = dict(dropped) or "none, it is empty"
+        fail(f"--data {data}: no problem is left of {i + 1 - start}; dropped: {why}")
     return problems[:max_problems], dropped
 
 
@@ -343,7 +347,7 @@ def parse_range(range_):
     return start, stop
 
 
-# --------------------------------------------------------------------------------------------------------- tokens
+# -------------------------------------------------------------------------------------------------- tokens
 
 # P_r: (after a wrong y_init, after a right one)
 PHRASES = {
@@ -351,57 +355,56 @@ PHRASES = {
     "olmo": ("Wrong. I need to redo all.", "Let me rephrase the above solution."),
     "paper": ("Wait, this response is not correct, let me start over.", "Let me rephrase the above solution."),
 }
+PHRASES_HELP = "P_r: qwen, olmo, paper, or two texts 'WRONG|RIGHT'; default: what the model records"
 
 
 def phrases_flag(text):
-    """The argparse type of --phrases: a name of PHRASES, or two texts of one's own, 'WRONG|RIGHT'."""
+    """The argparse type of --phrases: a name in PHRASES, or 'WRONG|RIGHT'."""
     if text not in PHRASES and [bool(part.strip()) for part in text.split("|")] != [True, True]:
-        raise argparse.ArgumentTypeError(f"invalid choice: {text!r}: choose from {', '.join(PHRASES)}, or give two texts, "
-                                         "'WRONG|RIGHT'")
+        names = ", ".join(PHRASES)
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r}; one of {names} or 'WRONG|RIGHT' is wanted")
     return text
-
-
-PHRASES_HELP = "P_r: qwen, olmo, paper, or 'WRONG|RIGHT'; default: what the model records"
 
 
 def phrases_of(model, override=None):
     """
-    The two texts of P_r (wrong, right) for a model folder: --phrases, else those that its config records (a checkpoint
-    of an earlier version: their name in PHRASES), else by its model_type.
+    P_r for a model folder, the texts (wrong, right): --phrases, else those that its config records (checkpoints
+    of an earlier version: their name), else by its model_type.
     """
     from transformers import AutoConfig
     config = AutoConfig.from_pretrained(model)
     phrases = override or getattr(config, "sdzero_phrases", None)
-    if phrases is None:
-        phrases = "olmo" if config.model_type.startswith("olmo") else "qwen"
+    phrases = phrases or ("olmo" if config.model_type.startswith("olmo") else "qwen")
     if isinstance(phrases, str):
-        phrases = phrases.split("|") if "|" in phrases else PHRASES.get(phrases) or fail(
-            f"model {model} was trained with the phrases {phrases!r}, which are not in PHRASES; give --phrases 'WRONG|RIGHT'")
+        phrases = phrases.split("|") if "|" in phrases else PHRASES.get(phrases)
+    if not phrases:
+        fail(f"model {model} records phrases that are not in verify.PHRASES; give --phrases 'WRONG|RIGHT'")
     return tuple(phrases)
 
 
 def load_tokenizer(model):
     """
-    The tokenizer of a model folder, with one attribute more: `end_ids`, the ids that end a turn (what its generation
-    config and itself call eos), the one that its chat template puts after an assistant message first.
+    The tokenizer of a model folder, with one attribute more: `end_ids`, the ids that end a turn (what its
+    generation config and itself call eos), first the one that its chat template puts after an assistant message.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-    if not os.path.isfile(os.path.join(model, "config.json")) and (os.path.exists(model) or model.count("/") != 1):
+    is_hub_name = model.count("/") == 1 and not os.path.exists(model)
+    if not is_hub_name and not os.path.isfile(os.path.join(model, "config.json")):
         fail(f"model {model}: no config.json there; a folder with a Hugging Face model is wanted")
     try:
         AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, TypeError, KeyError) as e:  # as the file is missing, not JSON, or of another kind
+    except (OSError, ValueError, TypeError, KeyError) as e:  # a file is missing, not JSON, or of another kind
         fail(f"model {model}: its config or tokenizer does not load: {(str(e).splitlines() or [''])[0]}")
     if not tokenizer.chat_template:
-        fail(f"model {model}: its tokenizer has no chat template; use an instruct model or add chat_template.jinja")
+        fail(f"model {model}: its tokenizer has no chat template; use an instruct model, or add chat_template.jinja")
     try:
         eos = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:  # the folder has none
         eos = None
     ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-    turn = tokenizer.apply_chat_template([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-                                         return_dict=False)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    turn = tokenizer.apply_chat_template(messages, return_dict=False)
     last = next((i for i in reversed(turn) if i in ends), None)
     if last is None:
         fail(f"model {model}: its chat template ends an assistant turn with none of its eos ids {sorted(ends)}")
@@ -418,13 +421,13 @@ def context_length(model):
 def same_vocabulary(student, student_tokenizer, teacher, teacher_tokenizer):
     """Ends the program if the tokenizers of these two models differ."""
     if student_tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
-        fail(f"--teacher {teacher} and student {student} have different tokenizers: the KL needs one vocabulary")
+        fail(f"--teacher {teacher} and {student} have different tokenizers: the KL needs one vocabulary")
 
 
 def chat_ids(tokenizer, problem):
-    """x: the ids of one user message (problem and its verifier's instruction) with the generation prompt; a list."""
-    content = problem.problem + "\n\n" + load_verifier(problem.mode).INSTRUCTION
-    return tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, return_dict=False)
+    """x: the ids of one user message, problem and the verifier's instruction, with the generation prompt."""
+    message = {"role": "user", "content": problem.problem + "\n\n" + load_verifier(problem.mode).INSTRUCTION}
+    return tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
 
 
 def without_end(tokenizer, y_ids):
@@ -438,49 +441,44 @@ def control_ids(tokenizer, correct, phrases):
 
 
 def revision_ids(tokenizer, x_ids, y_ids, correct, phrases):
-    """x, y without its end-of-turn, P_r: what y_revised is sampled after and what the teacher sees before y."""
+    """x, y without its end-of-turn, P_r: what y_revised is sampled after and the teacher sees before y."""
     return x_ids + without_end(tokenizer, y_ids) + control_ids(tokenizer, correct, phrases)
 
 
-# ------------------------------------------------------------------------------------------------------- verdicts
+# ------------------------------------------------------------------------------------------------ verdicts
 # A verifier is one file, which imports nothing of the project, with
-#   INSTRUCTION                        text after the problem in the user message
-#   gold(row)                          (gold, None) or (None, why there is none) of a row of the data; anything JSON holds
-#   judge(gold, response, limits)      'right', the reward's 1, or any other word: 'wrong', 'no answer', 'timeout', ...
+#   INSTRUCTION                     text after the problem in the user message
+#   gold(row)                       (gold, None) or (None, why there is none); gold: anything JSON can hold
+#   judge(gold, response, limits)   'right', which is reward 1, or another word: 'wrong', 'no answer', ...
 # and, where it needs them,
-#   longest(gold, limits)              seconds that `judge` may take; without it limits["seconds"]
-#   check(limits)                      ends the program, before anything is loaded, where something is missing here
-# limits: {"seconds": --judge_seconds, "memory": GiB a program may have, "sandbox": False with --unsafe_no_sandbox}.
+#   longest(gold, limits)           seconds that `judge` may take; without it limits["seconds"]
+#   check(limits)                   ends the program, before anything is loaded, where something is missing
+# limits: "seconds" (--judge_seconds), "memory" (GiB a program may have), "sandbox" (not --unsafe_no_sandbox).
 
 MODE_HELP = "what judges: math, code, or the path of a verifier of your own, a .py file"
-UNSAFE = "MODEL-WRITTEN PROGRAMS RUN WITH ALL YOUR RIGHTS: THEY CAN READ, CHANGE AND DELETE YOUR FILES AND USE YOUR NETWORK"
+UNSAFE = ("MODEL-WRITTEN PROGRAMS RUN WITH ALL YOUR RIGHTS: THEY CAN READ, CHANGE AND DELETE YOUR FILES AND USE "
+          "YOUR NETWORK")
 
 
 @functools.cache
 def load_verifier(mode):
-    """The module of a --mode: 'math', 'code', or a path that ends in .py. Ends the program where it is none."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "verifiers")
-    path = mode if mode.endswith(".py") else os.path.join(beside, mode + ".py")
+    """The module of a --mode: 'math', 'code', or a path that ends in .py. Ends the program if it is none."""
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "verifiers")
+    path = mode if mode.endswith(".py") else os.path.join(folder, f"{mode}.py")
     if not os.path.isfile(path):
-        fail(f"--mode {mode}: {path} is not there; give math, code, or the path of a verifier of your own, a .py file")
+        fail(f"--mode {mode}: {path} is not there; give math, code, or the path of your own verifier, a .py file")
     name = "verifier_" + os.path.basename(path)[:-3]
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        exec(compile(open(path, encoding="utf-8").read(), path, "exec"), module.__dict__)  # never a stale .pyc
-    except Exception as error:  # whatever a file of the user's may raise
-        fail(f"--mode {mode}: {path} cannot be imported: {traceback.format_exception_only(error)[-1].strip()}")
+        with open(path, encoding="utf-8") as f:  # its source: what Python has cached of it may be older
+            exec(compile(f.read(), path, "exec"), module.__dict__)
+    except Exception as e:  # whatever a user's file may raise
+        fail(f"--mode {mode}: {path} cannot be imported: {type(e).__name__}: {e}")
     missing = [name for name in ("INSTRUCTION", "gold", "judge") if not hasattr(module, name)]
     if missing:
-        fail(f"--mode {mode}: {path} has no {', no '.join(missing)}; a verifier has INSTRUCTION, gold(row) and "
-             "judge(gold, response, limits)")
+        fail(f"--mode {mode}: {path} has no {', no '.join(missing)}; it needs INSTRUCTION, gold and judge")
     return module
-
-
-def verifier_hash(mode):
-    """A short hash of a verifier's source."""
-    with open(load_verifier(mode).__file__, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()[:12]
 
 
 class Verdict(NamedTuple):
@@ -490,25 +488,24 @@ class Verdict(NamedTuple):
 
 def worker(mode, memory):
     """
-    The judge's worker process, until stdin ends. One JSON line in, [seconds it may take, `gold` or `judge`, arguments];
-    one line out, {"value": what the verifier returned} or {"crash": the traceback of what it raised}.
+    The judge's worker process, until stdin ends. A JSON line in, [seconds it may take, 'gold' or 'judge',
+    arguments]; a line out, {"value": what the verifier returned} or {"crash": the traceback of what it raised}.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # they may be sent to all processes of a run; the Judge decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may go to all processes of a run; the Judge decides
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2**30), resource.RLIM_INFINITY))
-    requests, replies, nothing = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0), os.dup2(nothing, 1)  # what a verifier, or a program that it starts, reads and prints
+    requests, replies, null = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1):  # what a verifier, or a program that it starts, reads and prints
+        os.dup2(null, descriptor)
     verifier = load_verifier(mode)
     print("ready", file=replies, flush=True)
     for line in requests:
         seconds, function, arguments = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # its default ends the process, should the parent be gone
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # ends the process, should the parent be gone
         try:
             value = getattr(verifier, function)(*arguments)
-            if function == "judge" and not isinstance(value, str):
-                raise TypeError(f"judge returned {value!r}; 'right', 'wrong' or another word is wanted")
-            if function == "gold" and not (isinstance(value, (tuple, list)) and len(value) == 2):
-                raise TypeError(f"gold returned {value!r}; (gold, None) or (None, why) is wanted")
+            if not (isinstance(value, str) if function == "judge" else len(value) == 2):
+                raise TypeError(f"`{function}` returned {value!r}")
             reply = json.dumps({"value": value})
         except MemoryError:  # ends the process
             raise
@@ -520,32 +517,38 @@ def worker(mode, memory):
 
 class Judge:
     """
-    A pool of worker processes that give verdicts by the verifier of a --mode. A worker that takes longer than the limit
-    or dies (memory) is killed and replaced; its answer counts as wrong, with the reason 'timeout' or 'crash', and so
-    does one on which the verifier raises. No signal or main thread is needed: any thread of any rank may use a Judge.
+    A pool of worker processes that give verdicts. One that takes longer than the limit or dies (memory) is killed
+    and replaced; its answer counts as wrong, with the reason 'timeout' or 'crash', and so does one on which the
+    verifier raises. It needs neither signals nor the main thread: any thread of any rank may use a Judge.
 
-    workers: processes (default: the cores, shared among the ranks of this node). limit: seconds a verdict may take; for
-    a program, seconds of one test whose problem states none. memory: GiB of address space of a worker. program_memory:
-    GiB that a program may have. sandbox=False runs programs without any protection.
+    workers: processes (default: the cores, shared among the ranks of this node). limit: seconds a verdict may
+    take; for a program, seconds of one test whose problem states none. memory: GiB of address space of a worker.
+    program_memory: GiB that a program may have. sandbox=False runs programs without any protection.
     """
 
     def __init__(self, mode="math", workers=None, limit=5.0, memory=4.0, program_memory=1.0, sandbox=True):
         if not sandbox:
             say(f"--unsafe_no_sandbox: {UNSAFE}")
+        workers = workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.mode, self.verifier, self.memory = mode, load_verifier(mode), memory
         self.limits = {"seconds": limit, "memory": program_memory, "sandbox": sandbox}
-        self.first_crash = {}  # 'gold' or 'judge': the traceback
-        workers = workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self.crashes = {}  # the first traceback of `gold`, and of `judge`
         self.idle = deque(self.start() for _ in range(workers))  # all at once: their imports take a second
-        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")  # each of its threads takes one that is idle
+        self.pool = ThreadPoolExecutor(workers)  # each of its threads takes a worker that is idle
 
     def start(self):
         """A new worker, in a session of its own, so that it can be killed with all that it has started."""
-        process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker", self.mode, str(self.memory)],
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                   start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), "--worker", self.mode, str(self.memory)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
         process.is_ready = False
         return process
+
+    def stop(self, process):
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdin = process.stdout = None
 
     def ask(self, function, arguments, seconds):
         """(what a function of the verifier returns, None), or (None, 'timeout' or 'crash')."""
@@ -565,27 +568,20 @@ class Judge:
         self.idle.append(process)
         if line is None:
             return None, "timeout"
-        reply = json.loads(line or '{"crash": "the worker process died; perhaps it wanted too much memory"}')
-        if "crash" not in reply:
+        reply = json.loads(line) if line else {"crash": "a worker died, perhaps for want of memory"}
+        if "value" in reply:
             return reply["value"], None
-        if function not in self.first_crash:
-            self.first_crash[function] = reply["crash"]
-            if function == "judge":
-                print(f"--mode {self.mode}: `judge` crashed; such an answer counts as wrong, with the reason 'crash'. This is "
-                      f"said once:\n{reply['crash']}", file=sys.stderr, flush=True)
+        if self.crashes.setdefault(function, reply["crash"]) is reply["crash"] and function == "judge":
+            print(f"--mode {self.mode}: `judge` crashed, which counts as wrong, with the reason 'crash' (said once):"
+                  f"\n{reply['crash']}", file=sys.stderr, flush=True)
         return None, "crash"
 
     def read(self, process, seconds):
-        """A whole line of a worker, b"" if it is dead, None if it takes too long."""
+        """A line of a worker, b"" if it is dead, None if it takes too long."""
         if not select.select([process.stdout], [], [], seconds)[0]:
             return None
         line = process.stdout.readline()
         return line if line.endswith(b"\n") else b""
-
-    def stop(self, process):
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdin = process.stdout = None
 
     def gold(self, row):
         """(gold, None) or (None, why there is none) of a row of a data set."""
@@ -594,7 +590,8 @@ class Judge:
 
     def verdict(self, problem, response):
         longest = getattr(self.verifier, "longest", lambda gold, limits: limits["seconds"])
-        reason, failed = self.ask("judge", [problem.answer, response, self.limits], longest(problem.answer, self.limits))
+        arguments = problem.answer, response, self.limits
+        reason, failed = self.ask("judge", arguments, longest(problem.answer, self.limits))
         return Verdict(reason == "right", failed or reason)
 
     def submit(self, problem, response):
@@ -603,7 +600,7 @@ class Judge:
 
     def __call__(self, problems, responses):
         """Verdicts of responses[i] to problems[i], in order."""
-        return [f.result() for f in [self.submit(p, r) for p, r in zip(problems, responses, strict=True)]]
+        return list(self.pool.map(self.verdict, problems, responses))
 
     def close(self):
         self.pool.shutdown()
@@ -617,16 +614,16 @@ class Judge:
         self.close()
 
 
-# -------------------------------------------------------------------------------------------------- as a script
+# --------------------------------------------------------------------------------------------- as a script
 
 
 def main():
     parser = argparse.ArgumentParser(description="Check a data set, or judge responses again.")
     parser.add_argument("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
-    parser.add_argument("--responses", help="responses.jsonl of srt.py: judge it again and print what changed")
+    parser.add_argument("--responses", help="responses.jsonl of srt.py: judge it again, print what changed")
     parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data")
     parser.add_argument("--mode", default="math", help=MODE_HELP)
-    parser.add_argument("--judge_seconds", type=positive, default=5.0, help="limit of one verdict; for code, of one test")
+    parser.add_argument("--judge_seconds", type=positive, default=5.0, help="of one verdict; for code, one test")
     parser.add_argument("--unsafe_no_sandbox", action="store_true", help=UNSAFE)
     args = parse(parser)
     with Judge(args.mode, limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox) as judge:
@@ -639,25 +636,26 @@ def main():
 
 
 def judge_again(path, by_id, judge):
-    """Judges the response of each row of a responses.jsonl anew and prints where the verdict is another one."""
-    asked, unknown = [], set()
+    """Judges each response of a responses.jsonl anew and prints where the verdict is another one."""
+    asked, unknown, reasons, changed = [], set(), Counter(), 0
     for line, row in read_jsonl(path):
         need(row, path, line, id=str, kind=str)
-        which = "y_init" if row["kind"] == "init" else "y_revised"
-        need(row, path, line, **{which: str, f"{which}_correct": bool})
+        y = "y_init" if row["kind"] == "init" else "y_revised"
+        need(row, path, line, **{y: str, f"{y}_correct": bool})
         if row["id"] in by_id:
-            asked.append((line, by_id[row["id"]], which, row[which], row[f"{which}_correct"]))
+            asked.append((line, y, row, judge.submit(by_id[row["id"]], row[y])))
         else:
             unknown.add(row["id"])
     if not asked:
         fail(f"{path}: no response to a problem of --data; {len(unknown)} ids that are not in the data")
-    verdicts = judge([a[1] for a in asked], [a[3] for a in asked])
-    changed = [(a, v) for a, v in zip(asked, verdicts) if v.correct != a[4]]
-    for (line, problem, which, _, before), verdict in changed:
-        print(f"  {path}:{line}: {which} of {problem.id}: {'right' if before else 'wrong'} -> {verdict.reason}")
-    counts = Counter(v.reason for v in verdicts)
-    print(f"{path}: {len(asked)} judged ({', '.join(f'{n} {why}' for why, n in counts.most_common())}), "
-          f"{len(changed)} changed, {len(unknown)} ids not in the data")
+    for line, y, row, verdict in asked:
+        correct, reason = verdict.result()
+        reasons[reason] += 1
+        if correct != row[f"{y}_correct"]:
+            changed += 1
+            print(f"  {path}:{line}: {y} of {row['id']}: {'wrong' if correct else 'right'} -> {reason}")
+    print(f"{path}: {len(asked)} judged ({', '.join(f'{n} {why}' for why, n in reasons.most_common())}), "
+          f"{changed} changed, {len(unknown)} ids not in the data")
 
 
 if __name__ == "__main__":
