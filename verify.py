@@ -326,7 +326,7 @@ def load_problems(data, judge, range_=None, max_problems=None):
             problems.append(problem)
     if n := dropped["gold: crash"]:
         say(f"--mode {judge.mode}: `gold` crashed on {n} of {len(asked)} rows of {data}, which are dropped; the "
-            f"first time:\n{judge.crashes['gold']}")
+            f"first time:\n{judge.crashes.get('gold', 'out of memory')}")
     if range_ and i < start:
         fail(f"--range {range_} is empty: the data has {i + 1} rows")
     dropped = +dropped
@@ -566,14 +566,14 @@ class Judge:
             self.stop(process)
             process = self.start()
         self.idle.append(process)
-        if line is None:
-            return None, "timeout"
-        reply = json.loads(line) if line else {"crash": "a worker died, perhaps for want of memory"}
+        if not line:
+            return None, "timeout" if line is None else "crash"
+        reply = json.loads(line)
         if "value" in reply:
             return reply["value"], None
         if self.crashes.setdefault(function, reply["crash"]) is reply["crash"] and function == "judge":
-            print(f"--mode {self.mode}: `judge` crashed, which counts as wrong, with the reason 'crash' (said once):"
-                  f"\n{reply['crash']}", file=sys.stderr, flush=True)
+            print(f"--mode {self.mode}: `judge` crashed, which counts as wrong, with the reason 'crash'; the first "
+                  f"time:\n{reply['crash']}", file=sys.stderr, flush=True)
         return None, "crash"
 
     def read(self, process, seconds):

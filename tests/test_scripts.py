@@ -150,6 +150,46 @@ def test_target_and_revise_correct(tmp_path, guesser):
     assert {row["y_init_correct"] for row in srt.tuples(rows)} == {False} and any(row["y_init_correct"] for row in kinds(rows)[0])
 
 
+OWN_REWARD = """
+import re, time
+INSTRUCTION = "Say an odd number."
+def gold(row):
+    return row["id"], None
+def judge(gold, response, limits):
+    number = int(re.findall(r"[345]", response)[-1])  # IndexError where there is none
+    if number == 4:
+        time.sleep(100)
+    return "right" if number == 3 else "too large"
+"""
+
+
+def test_own_reward(guesser, problems_file, tmp_path):
+    """
+    srt.py with a verifier of ten lines that crashes on some answers and takes too long on others: its words are
+    counted, its first traceback is shown, its rows say their mode, and a run does not go on with a changed one.
+    """
+    (tmp_path / "odd.py").write_text(OWN_REWARD)
+    args = ["--model", guesser, "--data", problems_file, "--mode", tmp_path / "odd.py", "--out", tmp_path / "out",
+            "--max_problems", 12, "--judge_seconds", 0.4, "--phrases", "Not odd enough.|Odd indeed.", *SRT]
+    done = run("srt.py", *args)
+    rows, _ = kinds(read(tmp_path / "out/responses.jsonl"))
+    s = json.load(open(tmp_path / "out/summary.json"))
+    verdicts = {**s["init_verdicts"], **s["revised_verdicts"]}
+    assert verdicts.keys() <= {"right", "too large", "timeout", "crash"} and {"right", "too large", "timeout"} <= verdicts.keys()
+    assert done.stderr.count("IndexError: list index out of range") == ("crash" in verdicts)
+    assert s["phrases"] == ["Not odd enough.", "Odd indeed."]
+    kept = read(tmp_path / "out/d_revision.jsonl")
+    assert {row["mode"] for row in rows + kept} == {str(tmp_path / "odd.py")} and len(kept) == verdicts["right"] > 0
+    assert {row["p_r"] for row in kept} <= {"Not odd enough.", "Odd indeed."}
+    tokenizer = verify.load_tokenizer(guesser)  # what a later phase asks is what was asked here
+    problem = verify.Problem.of_row(kept[0])
+    x = tokenizer.apply_chat_template([{"role": "user", "content": f"{problem.problem}\n\nSay an odd number."}],
+                                      add_generation_prompt=True, return_dict=False)
+    assert verify.chat_ids(tokenizer, problem) == x and "nothing to do" in run("srt.py", *args).stdout
+    (tmp_path / "odd.py").write_text(OWN_REWARD.replace("number == 3", "number == 5"))
+    assert "the verifier's source" in run("srt.py", *args, ok=False).stderr
+
+
 # -------------------------------------------------------------------------------------------------------- sft.py
 
 
