@@ -8,9 +8,9 @@ Phase 1a of SD-Zero: sample, judge, revise, judge, keep -> D_revision. With --ev
     4. y_revised ~ pi(. | x, y_init, P_r)            --num_revisions
     5. keep (x, y_init, P_r, y_revised) if y_revised is right, up to --target
 
-Departures from the official code: every GPU samples; problems are handed out one by one; verdicts come in while
-others are still being sampled; a response is on disk as soon as it is judged, so the same command goes on after a
-kill; responses are kept as token ids too, so nothing is ever tokenised twice.
+Departures from the official code: every GPU samples; problems are handed out one by one; verdicts come in
+while others are still being sampled; a response is on disk as soon as it is judged, so the same command goes
+on after a kill; responses are kept as token ids too, so nothing is ever tokenised twice.
 
     python srt.py --model Qwen/Qwen3-4B-Instruct-2507 --data open-r1/OpenR1-Math-220k --range 0:10000 \\
         --out runs/collect
@@ -41,13 +41,13 @@ from verify import fail, natural, positive, share, within
 # flags that a run that goes on may change: they decide neither what is asked nor how it is sampled
 FREE = "target engine dtype vllm_memory judge_seconds unsafe_no_sandbox"
 
-# ---------------------------------------------------------------------------------------------------- samplers
+# ------------------------------------------------------------------------------------------------ samplers
 # Two engines, one interface:
-#   stream(pull, ...)      yields a Sample as soon as it is finished; `pull()` gives the next Request, or None for
-#                          now; logprobs=False where the caller needs none, for vLLM is faster then
-#   generate(prompts, ...) the Samples of a list of prompts, in order
-#   load(named_tensors)    new weights, named as in the checkpoint
-#   max_seqs, max_len      how many are sampled at once; tokens of prompt and response together
+#   stream(pull, ...)       yields a Sample as soon as it is finished; `pull()` gives the next Request, or
+#                           None for now; logprobs=False where the caller needs none: vLLM is faster then
+#   generate(prompts, ...)  the Samples of a list of prompts, in order
+#   load(named_tensors)     new weights, named as in the checkpoint
+#   max_seqs, max_len       how many are sampled at once; tokens of prompt and response together
 
 
 class Request(NamedTuple):
@@ -59,7 +59,7 @@ class Request(NamedTuple):
 class Sample(NamedTuple):
     request: Request
     ids: list  # sampled token ids, end-of-turn included if it was sampled
-    logprobs: list  # log pi(token) of each, at temperature 1 over the whole vocabulary; perhaps [] if not asked for
+    logprobs: list  # log pi(token) of each, at temperature 1 over the whole vocabulary, if asked for
     truncated: bool  # ended by max_tokens or the model's length, not by an end-of-turn
 
 
@@ -120,7 +120,8 @@ class HFSampler(Sampler):
             rows = [row for row, i in enumerate(live)
                     if tokens[i][-1] not in self.end_ids and len(tokens[i]) < room[i]]  # that go on
             if len(rows) < len(live):
-                live, token, position, mask = [live[row] for row in rows], token[rows], position[rows], mask[rows]
+                live = [live[row] for row in rows]
+                token, position, mask = token[rows], position[rows], mask[rows]
                 cache.batch_select_indices(torch.tensor(rows, dtype=torch.long, device=self.device))
             ids, position = token[:, None], position[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
@@ -141,8 +142,9 @@ class HFSampler(Sampler):
 
 def pick(logits, uniform, temperature, top_p):
     """
-    One token per row by inverting the cumulative distribution at `uniform` [B] in [0, 1): the same number gives the
-    same token whatever the batch. top_p keeps the fewest most likely tokens whose mass reaches it. [B, V] -> [B].
+    One token per row of logits [B, V], by inverting the cumulative distribution at `uniform` [B] in [0, 1):
+    the same number gives the same token whatever the batch. top_p keeps the fewest most likely tokens whose
+    mass reaches it.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -158,17 +160,17 @@ def pick(logits, uniform, temperature, top_p):
 
 
 class VLLMSampler(Sampler):
-    """vLLM in this process, one engine per rank; `step()` by hand, so that finished samples come out at once."""
+    """vLLM in this process, an engine per rank; `step()` by hand, so that what has ended comes out at once."""
 
     def __init__(self, model, tokenizer, max_len, device, dtype, memory=0.85, max_seqs=256, eager=False):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: weights go in by reference
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights go in by reference
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         from vllm import LLM
         self.max_len = min(max_len, verify.context_length(model))
         self.max_seqs, self.on_cpu, self.asleep = max_seqs, device.type == "cpu", False
         self.end_ids = tokenizer.end_ids
-        # on a CPU chunked prefill and a request's own seed do not go together (vLLM 0.32), and nothing can sleep
+        # on a CPU chunked prefill and a request's seed do not go together (vLLM 0.32), and nothing can sleep
         whole_prompts = dict(enable_chunked_prefill=False, max_num_batched_tokens=max(8192, self.max_len))
         self.llm = LLM(
             model, tensor_parallel_size=1, max_model_len=self.max_len, max_num_seqs=max_seqs, seed=0,
@@ -231,12 +233,12 @@ def make_sampler(engine, model, tokenizer, max_len, device, dtype, vllm_memory):
 def engine_name(text):
     """The argparse type of --engine."""
     if text == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise argparse.ArgumentTypeError("vLLM is not installed; pip install -r requirements.txt, or --engine hf")
+        raise argparse.ArgumentTypeError("vLLM is not installed; install requirements.txt or use --engine hf")
     return text
 
 
 def check_lengths(model, prompts, max_tokens):
-    """Ends the program where the model cannot take a prompt, or never --max_tokens. Returns the longest's length."""
+    """The longest prompt's length; ends the program where the model cannot take it, or never --max_tokens."""
     limit, longest = verify.context_length(model), max(map(len, prompts))
     if max_tokens > limit:
         fail(f"--max_tokens {max_tokens}: --model {model} takes {limit} tokens with the prompt; lower it")
@@ -246,12 +248,12 @@ def check_lengths(model, prompts, max_tokens):
 
 
 def request_seed(*parts):
-    """A 31-bit seed from what identifies a sample, the same in every process and for every number of ranks."""
+    """A 31-bit seed from what identifies a sample, the same whatever the process and the number of ranks."""
     return zlib.crc32("|".join(map(str, parts)).encode()) & 0x7FFFFFFF
 
 
 def close(judge, sampler):
-    """Ends a script's worker processes, its engine and its process group, which vLLM may have taken down already."""
+    """Ends a script's workers, its engine and its process group, which vLLM may have taken down already."""
     dist.barrier()
     judge.close()
     sampler.close()
@@ -259,9 +261,12 @@ def close(judge, sampler):
         dist.destroy_process_group()
 
 
-# -------------------------------------------------------------------------------------------------------- rows
-# responses.jsonl, while ranks are at work responses.rankN.jsonl: a row for each judged response, of kind "init" or
-# "revision". d_revision.jsonl: a row for each tuple kept, with the fields of both.
+# ---------------------------------------------------------------------------------------------------- rows
+# responses.jsonl, while ranks are at work responses.rankN.jsonl: a row for each judged response, of kind
+# "init" or "revision". d_revision.jsonl: a row for each tuple kept, with the fields of both.
+
+
+TRUNCATED = {"y_init": "truncated", "y_revised": "revised_truncated"}  # the field that says so of each
 
 
 def row_key(row):
@@ -294,7 +299,7 @@ def tuples(rows):
     return [{name: value for name, value in row.items() if name != "kind"} for row in both]
 
 
-# ----------------------------------------------------------------------------------------------------- summary
+# ------------------------------------------------------------------------------------------------- summary
 
 
 def wilson(p, n, z=1.96):
@@ -310,17 +315,16 @@ def mean(values):
 
 def measures(name, y, rows):
     """What is counted of y_init and of y_revised alike."""
-    cut = "truncated" if y == "y_init" else "revised_truncated"
     return {
         f"{name}_total": len(rows), f"{name}_correct": sum(row[f"{y}_correct"] for row in rows),
         f"{name}_accuracy": mean(row[f"{y}_correct"] for row in rows),
         f"{name}_verdicts": dict(Counter(row[f"{y}_verdict"] for row in rows)),
         f"{name}_mean_tokens": mean(len(row[f"{y}_tokens"]) for row in rows),
-        f"{name}_truncated": mean(row[cut] for row in rows)}
+        f"{name}_truncated": mean(row[TRUNCATED[y]] for row in rows)}
 
 
 def summarise(rows, kept, num_responses):
-    """The counts of the official code and the measures of the paper, from all rows of a run and the tuples kept."""
+    """The counts of the official code and the measures of the paper, from all rows and the tuples kept."""
     inits, revised = [row for row in rows if row["kind"] == "init"], tuples(rows)
     by_problem = {}
     for row in inits:
@@ -331,12 +335,12 @@ def summarise(rows, kept, num_responses):
     not_right = {f"y_revised {why}": n for why, n in after["revised_verdicts"].items() if why != "right"}
     return {
         "problems": len(by_problem), **first,
-        "init_accuracy_95": wilson(p, len(by_problem)) if inits else None,  # one problem's samples count as one
+        "init_accuracy_95": wilson(p, len(by_problem)) if inits else None,  # a problem's samples count as one
         f"avg@{num_responses}": mean(map(mean, by_problem.values())),
         f"pass@{num_responses}": mean(map(any, by_problem.values())),
         **after,
-        "revised_accuracy_of_right": mean(row["y_revised_correct"] for row in revised if row["y_init_correct"]),
-        "revised_accuracy_of_wrong": mean(row["y_revised_correct"] for row in revised if not row["y_init_correct"]),
+        "revised_accuracy_of_right": mean(r["y_revised_correct"] for r in revised if r["y_init_correct"]),
+        "revised_accuracy_of_wrong": mean(r["y_revised_correct"] for r in revised if not r["y_init_correct"]),
         # share of the errors that one revision removes; only if every y_init was revised
         "net_correction": (q - p) / (1 - p) if revised and all_revised and p < 1 else None,
         "kept": len(kept), "kept_after_right_init": sum(row["y_init_correct"] for row in kept),
@@ -345,24 +349,24 @@ def summarise(rows, kept, num_responses):
                     "no room to revise": sum(row["no_room"] for row in inits)}}
 
 
-# -------------------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------------------------------------------- main
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Collect D_revision (SRT, phase 1a), or evaluate with --eval.")
+    parser = argparse.ArgumentParser(description="Collect D_revision (SRT, phase 1a), or evaluate: --eval.")
     # what
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
     parser.add_argument("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
-    parser.add_argument("--out", required=True, help="folder for responses.jsonl, d_revision.jsonl, summary.json")
+    parser.add_argument("--out", required=True, help="folder for responses, d_revision, summary.json")
     parser.add_argument("--mode", default="math", help=verify.MODE_HELP)
-    parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data; phases should see disjoint ones")
+    parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data, others in a phase")
     parser.add_argument("--max_problems", type=natural, help="at most so many problems")
     parser.add_argument("--eval", action="store_true", help="keep nothing: measure only")
     # how much
     parser.add_argument("--num_responses", type=natural, default=1, help="y_init per problem")
-    parser.add_argument("--num_revisions", type=within(int, 0), help="y_revised per y_init (default 3; with --eval 0)")
-    parser.add_argument("--revise_correct", type=int, choices=(0, 1), default=1, help="revise right y_init too")
-    parser.add_argument("--target", type=within(int, 0), help="stop when so many are kept (default 6000); 0: no limit")
+    parser.add_argument("--num_revisions", type=within(int, 0), help="per y_init; default: 3, with --eval 0")
+    parser.add_argument("--revise_correct", type=int, choices=(0, 1), default=1, help="1: right y_init too")
+    parser.add_argument("--target", type=within(int, 0), help="tuples to keep; default 6000; 0: no limit")
     # sampling
     parser.add_argument("--temperature", type=within(float, 0), default=1.0)
     parser.add_argument("--top_p", type=share, default=0.9)
@@ -370,12 +374,12 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
     # engine
-    parser.add_argument("--engine", type=engine_name, choices=("vllm", "hf"), help="default: vllm where installed")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on cuda, float32 on cpu")
+    parser.add_argument("--engine", type=engine_name, choices=("vllm", "hf"), help="default: vllm if there")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a cpu")
     parser.add_argument("--vllm_memory", type=share, default=0.85, help="share of the GPU's memory for vLLM")
-    parser.add_argument("--judge_seconds", type=positive, default=5.0, help="limit of one verdict; for code, of one test")
+    parser.add_argument("--judge_seconds", type=positive, default=5.0, help="of a verdict; for code, a test")
     parser.add_argument("--unsafe_no_sandbox", action="store_true", help=verify.UNSAFE)
-    parser.add_argument("--fresh", action="store_true", help="start over; an old --out is renamed, not deleted")
+    parser.add_argument("--fresh", action="store_true", help="start over; an old --out is renamed")
     args = verify.parse(parser)
     if args.num_revisions is None:
         args.num_revisions = 0 if args.eval else 3
@@ -394,19 +398,18 @@ def main():
     longest = check_lengths(args.model, prompts, args.max_tokens)
     reachable = len(problems) * args.num_responses * args.num_revisions
     if not args.eval and (args.target or 0) > reachable:
-        fail(f"--target {args.target}: {len(problems)} problems x {args.num_responses} responses x {args.num_revisions} "
-             f"revisions give at most {reachable}; lower it, or raise --num_responses or --num_revisions")
+        fail(f"--target {args.target}: {len(problems)} problems x {args.num_responses} responses x "
+             f"{args.num_revisions} revisions give at most {reachable}; lower it, or raise one of these")
     target = 0 if args.eval else 6000 if args.target is None else args.target
     verify.open_out(args, ranks, FREE)
     if verify.finished(args.out, "responses.jsonl", target=target):
         judge.close()
         return dist.destroy_process_group()
-    rounds = 2 if args.num_revisions else 1
-    sampler = make_sampler(args.engine, args.model, tokenizer, longest + rounds * args.max_tokens + 64, ranks.device,
-                           dtype, args.vllm_memory)
+    max_len = longest + (2 if args.num_revisions else 1) * args.max_tokens + 64
+    sampler = make_sampler(args.engine, args.model, tokenizer, max_len, ranks.device, dtype, args.vllm_memory)
     if ranks.rank == 0:
         print(f"{len(problems)} problems ({sum(dropped.values())} dropped), {ranks.world} rank(s) on "
-              f"{ranks.device.type}, {type(sampler).__name__} {dtype}, phrases {' | '.join(phrases)}", flush=True)
+              f"{ranks.device.type}, {type(sampler).__name__} {dtype}, P_r {'|'.join(phrases)}", flush=True)
 
     done = read_rows(args.out)  # what an earlier run of the same command has finished
     own_file = os.path.join(args.out, f"responses.rank{ranks.rank}.jsonl")
@@ -418,30 +421,28 @@ def main():
     waiting, judging = deque(), set()  # requests that the sampler has not taken yet; verdicts to come
 
     async def attempt(problem, x, k):
-        """Steps 1 to 5 for the k-th y_init of a problem, but for what is done already."""
-        init = done.get((problem.id, k, -1))
-        if init is None:
-            init = {"kind": "init", "id": problem.id, "problem": problem.problem,
-                    "answer": problem.answer if isinstance(problem.answer, str) else None, "mode": problem.mode,
-                    "sample": k, **await answer("y_init", problem, x, k)}
-            seen = verify.revision_ids(tokenizer, x, init["y_init_tokens"], init["y_init_correct"], phrases)
+        """Steps 1 to 5 for the k-th y_init of a problem, but for what an earlier run has done."""
+        init = done.get((problem.id, k, -1)) or {
+            "kind": "init", "id": problem.id, "problem": problem.problem,
+            "answer": problem.answer if isinstance(problem.answer, str) else None, "mode": problem.mode,
+            "sample": k, **await answer("y_init", problem, x, k)}
+        seen = verify.revision_ids(tokenizer, x, init["y_init_tokens"], init["y_init_correct"], phrases)
+        if "no_room" not in init:
             init["no_room"] = bool(args.num_revisions) and len(seen) >= sampler.max_len
             write(init)
         if not init["no_room"] and (args.revise_correct or not init["y_init_correct"]):
-            await asyncio.gather(*(revise(problem, x, init, n) for n in range(args.num_revisions)))
+            await asyncio.gather(*(revise(problem, seen, init, n) for n in range(args.num_revisions)))
 
-    async def revise(problem, x, init, n):
-        row = done.get((problem.id, init["sample"], n))
-        if row is None:
-            seen = verify.revision_ids(tokenizer, x, init["y_init_tokens"], init["y_init_correct"], phrases)
-            row = write({"kind": "revision", "id": problem.id, "sample": init["sample"], "revision": n,
-                         "p_r": phrases[init["y_init_correct"]],
-                         **await answer("y_revised", problem, seen, init["sample"], n)})
+    async def revise(problem, seen, init, n):
+        row = done.get((problem.id, init["sample"], n)) or write({
+            "kind": "revision", "id": problem.id, "sample": init["sample"], "revision": n,
+            "p_r": phrases[init["y_init_correct"]],
+            **await answer("y_revised", problem, seen, init["sample"], n)})
         if row["y_revised_correct"]:
             ranks.store.add("kept", 1)
 
     async def answer(y, problem, ids, *name):
-        """The fields of a sampled and judged response; y: their prefix; name: tells this sample of the problem from others."""
+        """A sampled and judged response as fields of a row; name: what tells it from the problem's others."""
         sampled = asyncio.get_running_loop().create_future()
         waiting.append(Request(sampled, ids, request_seed(args.seed, problem.id, *name)))
         sample = await sampled
@@ -450,8 +451,8 @@ def main():
         judging.add(judged)
         judged.add_done_callback(judging.discard)
         verdict = await judged
-        return {y: text, f"{y}_correct": verdict.correct, f"{y}_verdict": verdict.reason, f"{y}_tokens": sample.ids,
-                "truncated" if y == "y_init" else "revised_truncated": sample.truncated}
+        return {y: text, f"{y}_correct": verdict.correct, f"{y}_verdict": verdict.reason,
+                f"{y}_tokens": sample.ids, TRUNCATED[y]: sample.truncated}
 
     def write(row):
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -467,12 +468,8 @@ def main():
             bar.update(i + 1 - bar.n)
             await asyncio.gather(*(attempt(problems[i], prompts[i], k) for k in range(args.num_responses)))
 
-    async def work_of_all():
-        equal_share = -(-len(problems) // ranks.world)
-        await asyncio.gather(*(work() for _ in range(min(sampler.max_seqs, equal_share))))
-
     def pull():
-        """Lets all that wait for a sample or a verdict go on; gives what they ask for next."""
+        """Lets all go on whose sample or verdict has come; gives what one of them asks for next."""
         runner.run(asyncio.sleep(0))
         return waiting.popleft() if waiting else None
 
@@ -482,7 +479,9 @@ def main():
 
     started, tokens = time.time(), 0
     with asyncio.Runner() as runner:
-        everything = runner.get_loop().create_task(work_of_all())
+        equal_share = math.ceil(len(problems) / ranks.world)
+        create_task = runner.get_loop().create_task
+        everything = asyncio.gather(*(create_task(work()) for _ in range(min(sampler.max_seqs, equal_share))))
         while not everything.done() and not stopped():
             for sample in sampler.stream(pull, max_tokens=args.max_tokens, temperature=args.temperature,
                                          top_p=args.top_p, logprobs=False):
@@ -502,7 +501,7 @@ def main():
 
     if stopped():
         if ranks.rank == 0:
-            print(f"stopped by a signal: what is judged is in {args.out}; the same command goes on from there")
+            print(f"stopped by a signal: what is judged is in {args.out}; the same command goes on there")
     elif ranks.rank == 0:  # one merged file in the order of the problems, whatever rank sampled what
         order = {problem.id: i for i, problem in enumerate(problems)}
         rows = sorted((row for row in read_rows(args.out).values() if row["id"] in order),
@@ -511,8 +510,9 @@ def main():
         write_rows(whole, rows)
         for path in set(row_files(args.out)) - {whole}:
             os.remove(path)  # every line of it now stands in responses.jsonl
-        kept = [] if args.eval else [row for row in tuples(rows) if row["y_revised_correct"]][: target or None]
+        kept = []
         if not args.eval:
+            kept = [row for row in tuples(rows) if row["y_revised_correct"]][: target or None]
             write_rows(os.path.join(args.out, "d_revision.jsonl"), kept)
         summary = {
             "model": args.model, "data": args.data, "phrases": phrases, "temperature": args.temperature,
@@ -524,7 +524,7 @@ def main():
         for name, value in summary.items():
             print(f"{name:28s} {round(value, 4) if isinstance(value, float) else value}")
         if target and len(kept) < target:
-            print(f"note: --target {target} was not reached: all {len(problems)} problems gave {len(kept)} tuples")
+            print(f"note: --target {target} was not reached: all problems together gave {len(kept)} tuples")
     close(judge, sampler)
 
 

@@ -3,10 +3,10 @@ What a problem is, how it is asked, and how verdicts are given. Every phase spea
 
   problems    load_problems(path or hub name, judge)    -> [Problem], and why others were dropped
   tokens      chat_ids(tokenizer, problem)              -> x: the prompt, by the tokenizer's chat template
-              revision_ids(tokenizer, x, y, correct, p) -> x, y without its end of turn, "\\n\\n" + P_r + "\\n\\n"
+              revision_ids(tokenizer, x, y, correct, p) -> x, y without its end of turn, P_r in empty lines
   verdicts    Judge(mode)(problems, responses)          -> [Verdict], the binary reward, in worker processes
 
-What is right a verifier says: verifiers/math.py, verifiers/code.py, or a file of your own, --mode my_reward.py.
+What is right a verifier says: verifiers/math.py, verifiers/code.py, or your own file, --mode my_reward.py.
 
 Departures from the official code, which has three different prompts and joins text in one phase, ids in
 another: here there is one prompt, P_r meets tokens in one place, and ids are never decoded and encoded again.
@@ -15,6 +15,7 @@ another: here there is one prompt, P_r meets tokens in one place, and ids are ne
     python verify.py --data gsm8k_test.jsonl --responses O/responses.jsonl    # judge again: what changed
 """
 import argparse
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -80,7 +81,7 @@ def mendable(error):
         error = next(iter(error.failures.values()))[0]
     text = (str(error).splitlines() or [""])[0]
     if isinstance(error, torch.OutOfMemoryError):
-        return f"{text}; lower --micro_tokens (training) or --vllm_memory (sampling); then the same command again"
+        return f"{text}; lower --micro_tokens (training) or --vllm_memory (sampling), and start it again"
     if "inline_container.cc" in text:  # how torch.save says that the disk took no more
         text = f"a state could not be written, is the disk full? ({text})"
     elif not isinstance(error, (OSError, SafetensorError)):
@@ -89,7 +90,7 @@ def mendable(error):
 
 
 def catch_signals():
-    """From here on SIGTERM and SIGINT only fill the list that this returns: the caller stops where it is whole."""
+    """From here on SIGTERM and SIGINT only fill the list that this returns: the caller stops where it can."""
     caught = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: caught.append(signal.Signals(number).name))
@@ -98,9 +99,9 @@ def catch_signals():
 
 def open_out(args, ranks, free):
     """
-    Makes --out, with the flags of the run and a hash of the verifier's source in its flags.json; with --fresh an
-    old folder is renamed first. Flags that differ from those of a run that is in it are named; the program ends if
-    one is not among `free` (a string of names). A flag that an older flags.json lacks had its default then.
+    Makes --out, with the flags of the run and a hash of the verifier's source in its flags.json; with --fresh
+    an old folder is renamed first. Flags that differ from those of a run that is in it are named; the program
+    ends if one is not among `free` (a string of names). One that an older flags.json lacks had its default.
     """
     import torch.distributed as dist
     defaults = vars(args).pop("defaults")
@@ -114,12 +115,13 @@ def open_out(args, ranks, free):
             os.makedirs(args.out)
             hold(args.out)
         path = os.path.join(args.out, "flags.json")
-        flags = {name: value for name, value in named(vars(args)).items() if name not in ("out", "fresh")}
+        flags = {name.rstrip("_"): value for name, value in vars(args).items()}
+        del flags["out"], flags["fresh"]
         if "mode" in flags:
             with open(load_verifier(args.mode).__file__, "rb") as f:
                 flags["verifier"] = hashlib.sha256(f.read()).hexdigest()[:12]
         begun = os.path.exists(path) and os.listdir(args.out) != ["flags.json"]
-        before = {**flags, **named(defaults), **json.load(open(path))} if begun else flags
+        before = {**flags, **defaults, **json.load(open(path))} if begun else flags
         changed = [name for name in flags if before[name] != flags[name]]
         text = ", ".join(f"--{name} {before[name]} -> {flags[name]}" for name in changed)
         text = text.replace("--verifier", "the verifier's source (its hash)")
@@ -132,13 +134,8 @@ def open_out(args, ranks, free):
     dist.barrier()
 
 
-def named(flags):
-    """Flags by the names that they have on the command line: `range_` is --range."""
-    return {name.rstrip("_"): value for name, value in flags.items()}
-
-
 def hold(folder):
-    """Keeps other runs out of a folder while this process lives. One that was just killed is given 5 s to go."""
+    """Keeps other runs out of a folder while this process lives. One just killed is given 5 s to go."""
     handle = os.open(folder, os.O_RDONLY)  # never closed
     for _ in range(50):
         try:
@@ -182,7 +179,7 @@ def write_atomically(path, text):
 def parse(parser):
     """The flags of the command line; args.defaults: what they are if not given, which open_out takes away."""
     args = parser.parse_args()
-    args.defaults = {name: parser.get_default(name) for name in vars(args)}
+    args.defaults = {name.rstrip("_"): parser.get_default(name) for name in vars(args)}
     return args
 
 
@@ -220,8 +217,8 @@ class Problem:
 
 def read_jsonl(path, torn_ok=False):
     """
-    Yields (line number, row) of a .jsonl file. torn_ok: a last line without its newline, left by a killed run,
-    is skipped. Ends the program, naming file and line, on anything that is not one JSON object per line.
+    Yields (line number, row) of a .jsonl file. torn_ok: a last line without its newline, left by a killed
+    run, is skipped. Ends the program, naming file and line, on anything but one JSON object per line.
     """
     if not os.path.isfile(path):
         fail(f"{path} is {'a folder' if os.path.isdir(path) else 'not there'}; a .jsonl file is wanted")
@@ -234,8 +231,9 @@ def read_jsonl(path, torn_ok=False):
                 row = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError) as e:
                 names = {UnicodeDecodeError: "not UTF-8", RecursionError: "nested too deeply"}
+                found = names.get(type(e), "not JSON")
                 torn = "" if whole else "; the last line is torn, as a killed run leaves it"
-                fail(f"{path}:{number}: {names.get(type(e), 'not JSON')} ({e}{torn}); mend or remove this line")
+                fail(f"{path}:{number}: {found} ({e}{torn}); mend or remove this line")
             if not isinstance(row, dict):
                 fail(f"{path}:{number}: a JSON object is wanted, found {type(row).__name__}")
             yield number, row
@@ -283,12 +281,12 @@ def load_rows(data):
 
 def load_problems(data, judge, range_=None, max_problems=None):
     """
-    Problems of a file or hub name, in order, and a Counter of why others were dropped (--data of every phase).
+    Problems of a file or hub name, in order, and a Counter of why others were dropped (--data of a phase).
 
-    judge: its verifier gives each row's gold answer, or says why there is none. range_: "A:B", rows as they stand
-    in the file, so that phases given disjoint ranges see disjoint questions: a row that repeats the text of an
-    earlier one, in the range or before it, is dropped. max_problems: at most so many of the kept. Ends the program
-    if nothing is left, if two problems have one id, and on rows without a problem.
+    judge: its verifier gives each row's gold answer, or says why there is none. range_: "A:B", rows as they
+    stand in the file, so that phases given disjoint ranges see disjoint questions: a row that repeats the
+    text of an earlier one, in the range or before it, is dropped. max_problems: at most so many of the kept.
+    Ends the program if nothing is left, if two problems have one id, and on rows without a problem.
     """
     if hasattr(judge.verifier, "check"):
         judge.verifier.check(judge.limits)
@@ -299,7 +297,7 @@ def load_problems(data, judge, range_=None, max_problems=None):
         name, text = next(((name, row[name]) for name in PROBLEM_FIELDS if row.get(name)), (None, ""))
         id_ = str(next((row[k] for k in ("id", "uuid") if row.get(k) is not None), f"{stem}-{i}"))
         if seen.setdefault(id_, (where, text))[1] != text:
-            fail(f"{where}: id {id_!r} stands already at {seen[id_][0]}, with another problem; ids must differ")
+            fail(f"{where}: id {id_!r} stands already at {seen[id_][0]}, with other text; ids must differ")
         words = str(text).strip()
         if words and words in texts:  # codeforces-cots has a row for each of several solutions
             dropped["same problem as in an earlier row"] += i >= start
@@ -325,8 +323,8 @@ def load_problems(data, judge, range_=None, max_problems=None):
         else:
             problems.append(problem)
     if n := dropped["gold: crash"]:
-        say(f"--mode {judge.mode}: `gold` crashed on {n} of {len(asked)} rows of {data}, which are dropped; the "
-            f"first time:\n{judge.crashes.get('gold', 'out of memory')}")
+        say(f"--mode {judge.mode}: `gold` crashed on {n} of {len(asked)} rows of {data}, which are dropped; "
+            f"the first time:\n{judge.crashes.get('gold', 'out of memory')}")
     if range_ and i < start:
         fail(f"--range {range_} is empty: the data has {i + 1} rows")
     dropped = +dropped
@@ -353,7 +351,8 @@ def parse_range(range_):
 PHRASES = {
     "qwen": ("Wait, this response is wrong. Let me correct it.", "Let me rephrase the above solution."),
     "olmo": ("Wrong. I need to redo all.", "Let me rephrase the above solution."),
-    "paper": ("Wait, this response is not correct, let me start over.", "Let me rephrase the above solution."),
+    "paper": ("Wait, this response is not correct, let me start over.",
+              "Let me rephrase the above solution."),
 }
 PHRASES_HELP = "P_r: qwen, olmo, paper, or two texts 'WRONG|RIGHT'; default: what the model records"
 
@@ -362,14 +361,14 @@ def phrases_flag(text):
     """The argparse type of --phrases: a name in PHRASES, or 'WRONG|RIGHT'."""
     if text not in PHRASES and [bool(part.strip()) for part in text.split("|")] != [True, True]:
         names = ", ".join(PHRASES)
-        raise argparse.ArgumentTypeError(f"invalid choice: {text!r}; one of {names} or 'WRONG|RIGHT' is wanted")
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r}; {names} or 'WRONG|RIGHT' is wanted")
     return text
 
 
 def phrases_of(model, override=None):
     """
-    P_r for a model folder, the texts (wrong, right): --phrases, else those that its config records (checkpoints
-    of an earlier version: their name), else by its model_type.
+    P_r for a model folder, the texts (wrong, right): --phrases, else those that its config records
+    (checkpoints of an earlier version: their name), else by its model_type.
     """
     from transformers import AutoConfig
     config = AutoConfig.from_pretrained(model)
@@ -385,7 +384,7 @@ def phrases_of(model, override=None):
 def load_tokenizer(model):
     """
     The tokenizer of a model folder, with one attribute more: `end_ids`, the ids that end a turn (what its
-    generation config and itself call eos), first the one that its chat template puts after an assistant message.
+    generation config and itself call eos), first the one that its chat template ends an assistant turn with.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
     is_hub_name = model.count("/") == 1 and not os.path.exists(model)
@@ -397,7 +396,7 @@ def load_tokenizer(model):
     except (OSError, ValueError, TypeError, KeyError) as e:  # a file is missing, not JSON, or of another kind
         fail(f"model {model}: its config or tokenizer does not load: {(str(e).splitlines() or [''])[0]}")
     if not tokenizer.chat_template:
-        fail(f"model {model}: its tokenizer has no chat template; use an instruct model, or add chat_template.jinja")
+        fail(f"model {model}: its tokenizer has no chat template; use an instruct model or add one")
     try:
         eos = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:  # the folder has none
@@ -407,7 +406,7 @@ def load_tokenizer(model):
     turn = tokenizer.apply_chat_template(messages, return_dict=False)
     last = next((i for i in reversed(turn) if i in ends), None)
     if last is None:
-        fail(f"model {model}: its chat template ends an assistant turn with none of its eos ids {sorted(ends)}")
+        fail(f"model {model}: its chat template ends no assistant turn with one of its eos {sorted(ends)}")
     tokenizer.end_ids = [last, *sorted(ends - {last})]
     return tokenizer
 
@@ -456,8 +455,8 @@ def revision_ids(tokenizer, x_ids, y_ids, correct, phrases):
 # limits: "seconds" (--judge_seconds), "memory" (GiB a program may have), "sandbox" (not --unsafe_no_sandbox).
 
 MODE_HELP = "what judges: math, code, or the path of a verifier of your own, a .py file"
-UNSAFE = ("MODEL-WRITTEN PROGRAMS RUN WITH ALL YOUR RIGHTS: THEY CAN READ, CHANGE AND DELETE YOUR FILES AND USE "
-          "YOUR NETWORK")
+UNSAFE = ("MODEL-WRITTEN PROGRAMS RUN WITH ALL YOUR RIGHTS: THEY CAN READ, CHANGE AND DELETE YOUR FILES AND "
+          "USE YOUR NETWORK")
 
 
 @functools.cache
@@ -466,7 +465,7 @@ def load_verifier(mode):
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "verifiers")
     path = mode if mode.endswith(".py") else os.path.join(folder, f"{mode}.py")
     if not os.path.isfile(path):
-        fail(f"--mode {mode}: {path} is not there; give math, code, or the path of your own verifier, a .py file")
+        fail(f"--mode {mode}: {path} is not there; give math, code, or the path of your own .py file")
     name = "verifier_" + os.path.basename(path)[:-3]
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -488,8 +487,8 @@ class Verdict(NamedTuple):
 
 def worker(mode, memory):
     """
-    The judge's worker process, until stdin ends. A JSON line in, [seconds it may take, 'gold' or 'judge',
-    arguments]; a line out, {"value": what the verifier returned} or {"crash": the traceback of what it raised}.
+    The judge's worker process, until stdin ends. A JSON line in: [seconds it may take, 'gold' or 'judge',
+    arguments]; a line out: {"value": what the verifier returned} or {"crash": traceback of what it raised}.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # they may go to all processes of a run; the Judge decides
         signal.signal(number, signal.SIG_IGN)
@@ -515,15 +514,15 @@ def worker(mode, memory):
         print(reply, file=replies, flush=True)
 
 
-class Judge:
+class Judge(contextlib.AbstractContextManager):
     """
-    A pool of worker processes that give verdicts. One that takes longer than the limit or dies (memory) is killed
-    and replaced; its answer counts as wrong, with the reason 'timeout' or 'crash', and so does one on which the
-    verifier raises. It needs neither signals nor the main thread: any thread of any rank may use a Judge.
+    A pool of worker processes that give verdicts. One that takes longer than the limit or dies (memory) is
+    killed and replaced; its answer counts as wrong, with the reason 'timeout' or 'crash', and so does one on
+    which the verifier raises. It needs neither signals nor the main thread: any thread may use a Judge.
 
     workers: processes (default: the cores, shared among the ranks of this node). limit: seconds a verdict may
-    take; for a program, seconds of one test whose problem states none. memory: GiB of address space of a worker.
-    program_memory: GiB that a program may have. sandbox=False runs programs without any protection.
+    take; for a program, seconds of one test whose problem states none. memory: GiB of address space of a
+    worker. program_memory: GiB that a program may have. sandbox=False runs programs without any protection.
     """
 
     def __init__(self, mode="math", workers=None, limit=5.0, memory=4.0, program_memory=1.0, sandbox=True):
@@ -572,8 +571,8 @@ class Judge:
         if "value" in reply:
             return reply["value"], None
         if self.crashes.setdefault(function, reply["crash"]) is reply["crash"] and function == "judge":
-            print(f"--mode {self.mode}: `judge` crashed, which counts as wrong, with the reason 'crash'; the first "
-                  f"time:\n{reply['crash']}", file=sys.stderr, flush=True)
+            print(f"--mode {self.mode}: `judge` crashed, which counts as wrong, with the reason 'crash'; the "
+                  f"first time:\n{reply['crash']}", file=sys.stderr, flush=True)
         return None, "crash"
 
     def read(self, process, seconds):
@@ -607,9 +606,6 @@ class Judge:
         for process in self.idle:
             self.stop(process)
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
         self.close()
 
@@ -623,7 +619,7 @@ def main():
     parser.add_argument("--responses", help="responses.jsonl of srt.py: judge it again, print what changed")
     parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data")
     parser.add_argument("--mode", default="math", help=MODE_HELP)
-    parser.add_argument("--judge_seconds", type=positive, default=5.0, help="of one verdict; for code, one test")
+    parser.add_argument("--judge_seconds", type=positive, default=5.0, help="of a verdict; for code, a test")
     parser.add_argument("--unsafe_no_sandbox", action="store_true", help=UNSAFE)
     args = parse(parser)
     with Judge(args.mode, limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox) as judge:
