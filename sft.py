@@ -1,20 +1,19 @@
 """
-Phase 1b of SD-Zero: SFT on D_revision, so that one model generates and revises. Also the trainer's tools for
-distill.py: packed attention, FSDP2, packing, metrics, checkpoints.
+Phase 1b of SD-Zero: SFT on D_revision, so that one model generates and revises. Also distill.py's tools for
+training: packed attention, FSDP2, metrics, checkpoints.
 
-  a row is x + y_init + "\\n\\n" + P_r + "\\n\\n" + y_revised, one assistant turn; objectives differ in where the
-  loss is:
+  a row is x + y_init + "\\n\\n" + P_r + "\\n\\n" + y_revised, one assistant turn; the loss is on
     generation   y_init, P_r, y_revised                                L_generation
     revision     y_revised                                             L_revision
     sum          L_revision + L_generation (y_revised counts twice)    the paper's L_SRT
     two-stage    stage 1: generation on tuples with a wrong y_init     the official code, and the default
                  stage 2: revision on --stage2_size others, those with a right y_init first
-    rft          x + y_init, right y_init only                         the baseline
+    rft          y_init of x + y_init, right ones only                 the baseline
   loss of a step = sum of w_t * -log p(token_t) over the global batch / number of its tokens with w_t > 0,
   the same however the batch is split into micro-batches and ranks.
 
-Departures from the official code: one prompt for all phases; y_init and P_r stay in the assistant turn; rows are
-token ids as sampled; rows are packed without padding and do not see each other; logits never exist in full.
+Departures from the official code: one prompt for all phases; y_init and P_r stay in the assistant turn; rows
+are token ids as sampled, packed without padding, and do not see each other; logits never exist in full.
 
     python sft.py --model Qwen/Qwen3-4B-Instruct-2507 --data runs/collect/d_revision.jsonl --out runs/srt
     torchrun --nproc_per_node 4 sft.py ... the same        # as many ranks as --batch has sequences, at most
@@ -41,6 +40,7 @@ import torch._dynamo
 import torch._functorch.config
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -70,10 +70,9 @@ if torch.ops.torch_attn._varlen_attn not in flop_registry:  # torch 2.11: it wou
 def packed_attention(module, q, k, v, attention_mask, scaling=None, sliding_window=None, cu_seq_lens_q=None,
                      max_length_q=None, segments=None, **_):
     """
-    Causal attention within each of the rows that are packed one after another: no padding, no row sees another.
-    q [1, H, T, D]; k, v [1, H_kv, T, D]; rows start at cu_seq_lens_q [rows + 1]. Returns ([1, T, H, D], None).
-    A layer's sliding_window w lets a token see w tokens, itself included. CUDA: torch's varlen_attn. CPU: one
-    scaled_dot_product_attention for each row, from segments[i] to segments[i + 1].
+    Causal attention within each of the rows that are packed one after another; no row sees another.
+    q [1, H, T, D]; k, v [1, H_kv, T, D]; row i starts at cu_seq_lens_q[i], on a CPU at segments[i]. With a
+    sliding_window w a token sees w tokens, itself included. Returns ([1, T, H, D], None).
     """
     if segments is None:
         q, k, v = (a[0].transpose(0, 1) for a in (q, k, v))  # [T, H, D]
@@ -83,12 +82,9 @@ def packed_attention(module, q, k, v, attention_mask, scaling=None, sliding_wind
         return out[None], None
     outs = []
     for start, stop in itertools.pairwise(segments):
-        T, mask = stop - start, None
-        if sliding_window and T > sliding_window:
-            mask = torch.ones(T, T, dtype=torch.bool).tril().triu(1 - sliding_window)
-        row = [a[:, :, start:stop] for a in (q, k, v)]
-        outs.append(scaled_dot_product_attention(*row, attn_mask=mask, is_causal=mask is None, scale=scaling,
-                                                 enable_gqa=q.shape[1] > k.shape[1]))
+        T, row = stop - start, [a[:, :, start:stop] for a in (q, k, v)]
+        mask = torch.ones(T, T, dtype=torch.bool).tril().triu(1 - (sliding_window or T))
+        outs.append(scaled_dot_product_attention(*row, attn_mask=mask, scale=scaling, enable_gqa=True))
     return torch.cat(outs, dim=2).transpose(1, 2), None
 
 
@@ -110,10 +106,10 @@ def make_batch(rows, device):
     return Batch(*tensors, max(map(len, rows)), segments)
 
 
-def pack(lengths, budget):
+def pack(lengths, budget, device):
     """
-    Row numbers in bins of at most `budget` tokens, by first fit from longest to shortest; a row longer than the
-    budget has a bin of its own. Deterministic. Returns a list of lists.
+    Row numbers in bins of at most `budget` tokens, first fit, longest first; a longer row has its own bin.
+    Empty bins follow until every rank has as many: all must enter each collective.
     """
     bins, room = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -123,11 +119,6 @@ def pack(lengths, budget):
             room.append(budget)
         bins[b].append(i)
         room[b] -= lengths[i]
-    return bins
-
-
-def same_number(bins, device):
-    """Adds empty bins until every rank has as many as the one with most: all ranks must enter each collective."""
     most = torch.tensor(len(bins), device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return bins + [[] for _ in range(int(most) - len(bins))]
@@ -140,16 +131,16 @@ def make_mesh(ranks):
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
     if ranks.world % per_node:
         fail(f"{ranks.world} ranks on nodes of {per_node}: every node must run as many")
-    shape, names = (ranks.world // per_node, per_node), ("replicate", "shard")
     if per_node == ranks.world:
-        shape, names = shape[1:], names[1:]
-    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+        return init_device_mesh(ranks.device.type, (per_node,), mesh_dim_names=("shard",))
+    shape = (ranks.world // per_node, per_node)
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def set_compiler(checkpointing):
     """
-    What --checkpointing sets for the whole process. Blocks that are compiled are not computed again as a whole:
-    the compiler keeps what is dearest, up to this share of the memory that keeping everything would take.
+    What --checkpointing sets for the whole process: compiled blocks are not computed again as a whole, the
+    compiler chooses what to keep, within this share of the memory that keeping everything would take.
     """
     torch._functorch.config.activation_memory_budget = 0.3 if checkpointing else 0.85  # 0.85 costs no time
     torch._functorch.config.is_non_builtin_to_include = checkpointing  # attention is among what it may keep
@@ -157,16 +148,15 @@ def set_compiler(checkpointing):
 
 def load_model(path, ranks, mesh, dtype, attn="packed", trainable=True, checkpointing=False, compile=False):
     """
-    A causal LM under FSDP2: fp32 master weights and gradients, compute in `dtype` (a frozen one is held in it).
-    Its forward is `packed_forward`. What the forward pass makes stays for the backward pass, weights that it
-    gathered too, unless `checkpointing`.
+    A causal LM under FSDP2: fp32 master weights and gradients, compute in `dtype` (frozen: held in it).
+    Its forward is packed_forward. Without checkpointing, gathered weights too stay for the backward pass.
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
     AttentionInterface.register("packed", packed_attention)
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attn)
     held = torch.float32 if trainable else dtype
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-    torch._dynamo.config.recompile_limit = 64  # student, teacher and ranges of lengths share the code of a layer
+    torch._dynamo.config.recompile_limit = 64  # student, teacher, ranges of lengths share a layer's code
     if trainable:
         set_compiler(checkpointing)
     for layer in model.get_decoder().layers:
@@ -186,25 +176,22 @@ def load_model(path, ranks, mesh, dtype, attn="packed", trainable=True, checkpoi
 
 def packed_forward(model, batch, select, loss):
     """
-    loss(hidden [n, H], head weight [V, H]) at the positions `select` [n] of a Batch. The head is used in here,
-    where FSDP has its full weight at hand: outside it is a shard.
+    loss(hidden [n, H], head weight [V, H]) at the positions `select` [n] of a Batch. In here FSDP has the
+    whole weight of the head at hand: outside it is a shard.
     """
-    # not get_decoder()(...): vLLM, where it runs a model by transformers (Olmo 3), puts its __call__ on the class
-    hidden = torch.nn.Module.__call__(
-        model.get_decoder(), input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False,
-        cu_seq_lens_q=batch.starts, cu_seq_lens_k=batch.starts, max_length_q=batch.longest,
-        max_length_k=batch.longest, segments=None if batch.ids.is_cuda else batch.segments).last_hidden_state[0]
+    where = dict(cu_seq_lens_q=batch.starts, cu_seq_lens_k=batch.starts, max_length_q=batch.longest,
+                 max_length_k=batch.longest, segments=None if batch.ids.is_cuda else batch.segments)
+    # not get_decoder()(...): where vLLM runs a model by transformers (Olmo 3), it has put its __call__ there
+    hidden = torch.nn.Module.__call__(model.get_decoder(), input_ids=batch.ids[None], use_cache=False,
+                                      position_ids=batch.positions[None], **where).last_hidden_state[0]
     return loss(hidden[select], model.get_output_embeddings().weight)
 
 
 def full_tensors(model, dtype):
-    """(name, whole tensor in `dtype`) of every weight, one at a time; every rank must walk through them together."""
+    """(name, whole tensor in `dtype`) of every weight, in turn; all ranks must walk through them together."""
     for name, p in model.named_parameters():
-        yield name, whole(p.detach().to(dtype))  # a forward pass without backward leaves some whole
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        p = p.detach().to(dtype)
+        yield name, p.full_tensor() if isinstance(p, DTensor) else p  # a forward pass leaves some whole
 
 
 def make_optimizer(model, weight_decay, betas):
@@ -212,10 +199,10 @@ def make_optimizer(model, weight_decay, betas):
 
 
 def optimizer_step(model, optimizer, lr, clip):
-    """Clips the global gradient norm, steps with this learning rate, clears gradients. Returns the norm before."""
-    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)).item()
+    """Clips the gradient norm, steps with this learning rate, clears gradients. Returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).full_tensor().item()
     if not math.isfinite(norm):  # the same on every rank; a step would make every weight nan
-        fail(f"the gradient norm is {norm}: no step was made; lower --lr and go on from the last state in --out")
+        fail(f"the gradient norm is {norm}: no step was made; lower --lr and go on from the last whole state")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -225,27 +212,25 @@ def optimizer_step(model, optimizer, lr, clip):
 
 # --------------------------------------------------------------------------------------------------- metrics
 
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, by the data sheets
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16
 
 
 def forward_flops(config, lengths, head_tokens):
     """
-    Floating-point operations of a forward pass over rows of these lengths with the head at `head_tokens` positions.
-    A product with a matrix of n weights is 2 n per token. Attention adds, per layer and head, 2 D for q.k and 2 D
-    for the weighted sum of v, for each (query, key) pair that the causal mask or the sliding window lets through.
-    A training step is 3 times that (the backward pass is two products for each one); recomputation is not counted.
+    Floating-point operations of a forward pass over rows of these lengths, head at `head_tokens` positions:
+    2 n per token for a matrix of n weights; 4 D per layer, head, query and key that it sees (q.k, sum of v).
+    A training step is 3 times that; what is computed again is not counted.
     """
     c = config
     D = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    attention_weights = 2 * c.hidden_size * D * (c.num_attention_heads + c.num_key_value_heads)  # q, o and k, v
-    layer_weights = attention_weights + 3 * c.hidden_size * c.intermediate_size
+    qkvo = 2 * c.hidden_size * D * (c.num_attention_heads + c.num_key_value_heads)
+    layer_weights = qkvo + 3 * c.hidden_size * c.intermediate_size
     total = 2 * head_tokens * c.hidden_size * c.vocab_size
     for kind in getattr(c, "layer_types", None) or ["full_attention"] * c.num_hidden_layers:
-        total += 2 * layer_weights * sum(lengths)
         for T in lengths:
-            seen = min(T, c.sliding_window) if kind == "sliding_attention" else T
-            pairs = seen * (seen + 1) // 2 + (T - seen) * seen
-            total += 4 * D * c.num_attention_heads * pairs
+            window = min(T, c.sliding_window) if kind == "sliding_attention" else T
+            pairs = window * (window + 1) // 2 + (T - window) * window
+            total += 2 * layer_weights * T + 4 * D * c.num_attention_heads * pairs
     return total
 
 
@@ -257,7 +242,7 @@ def mfu(flops, seconds, world):
 
 
 def memory():
-    """GiB of this process: peak_gb since the last call, held_gb now; on a CPU resident ones, peak since the start."""
+    """GiB of this process: held_gb now, peak_gb since the last call; on a CPU resident ones, peak ever."""
     if torch.cuda.is_available():
         peak, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -268,22 +253,23 @@ def memory():
 
 
 class Metrics:
-    """metrics.jsonl, a row for each step; rank 0 only. Rows from `step` on are dropped: a resumed run makes them again."""
+    """metrics.jsonl, a row for each step, by rank 0; rows from `step` on go: a resumed run makes new ones."""
 
     def __init__(self, out, step):
         self.path = os.path.join(out, "metrics.jsonl") if dist.get_rank() == 0 else None
         if self.path and os.path.exists(self.path):
-            old = [row for _, row in verify.read_jsonl(self.path, torn_ok=True)]
-            verify.write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in old if row["step"] < step))
+            old = [row for _, row in verify.read_jsonl(self.path, torn_ok=True) if row["step"] < step]
+            verify.write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in old))
 
-    def report(self, line, row):
-        """Writes a row (with tokens, seconds, mfu) and prints a line; speed and memory are added to both."""
+    def report(self, title, row):
+        """Adds speed and memory to a row, writes it, and prints the line of this step, title first."""
         row |= {"tokens_per_s": row["tokens"] / row["seconds"], **memory()}
         if self.path:
             with open(self.path, "a") as f:
                 f.write(json.dumps(row) + "\n")
             share = f"  mfu {row['mfu']:.1%}" if row["mfu"] else ""
-            print(f"{line}  {row['tokens_per_s']:.0f} tok/s{share}  peak {row['peak_gb']:.2f} GiB, "
+            print(f"{title}  |g| {row['grad_norm']:.3f}  lr {row['lr']:.2e}  {row['seconds']:.2f} s  "
+                  f"{row['tokens_per_s']:.0f} tok/s{share}  peak {row['peak_gb']:.2f} GiB, "
                   f"held {row['held_gb']:.2f}", flush=True)
 
 
@@ -296,7 +282,7 @@ def replace_folder(tmp, path):
 
 
 def save_model(path, model, tokenizer, phrases, dtype):
-    """A folder that transformers and vLLM load as it is; its config records the phrases. All ranks call it."""
+    """A folder that transformers and vLLM load as it is, the phrases in its config. All ranks call it."""
     from safetensors.torch import save_file
     tensors = {}
     for name, tensor in full_tensors(model, dtype):
@@ -316,7 +302,7 @@ def save_model(path, model, tokenizer, phrases, dtype):
 
 
 def training_state(model, optimizer, teacher=None):
-    """Every tensor that a run needs to go on, by name, sharded as it is; dcp saves and loads them in place."""
+    """Every tensor that a run needs to go on, by name, sharded as it is. dcp loads into them in place."""
     tensors = {}
     for name, p in model.named_parameters():
         state = optimizer.state[p]
@@ -331,8 +317,8 @@ def training_state(model, optimizer, teacher=None):
 
 class Saver:
     """
-    Saves out/state/step-N every `every` steps and after the last; the newest two stay. The loop waits only while
-    its tensors are copied to CPU memory; a thread writes the copy, with collectives of its own.
+    Saves out/state/step-N every `every` steps and after the last; the newest two stay. The loop waits only
+    while its tensors are copied to CPU memory; a thread writes the copy, with collectives of its own.
     Catches SIGTERM and SIGINT from here on: after_step saves once and tells the loop to stop.
     """
 
@@ -346,8 +332,8 @@ class Saver:
 
     def after_step(self, step, tensors, progress, last=False):
         """
-        To be called by all ranks after each step. tensors(): what training_state gives; progress: what else to
-        remember. True if the loop must stop here, its state whole. Raises what broke a write, on every rank.
+        All ranks call it after each step. tensors(): what training_state gives; progress: what else to keep.
+        True if the loop must stop here, its state whole. Raises what broke a write, on every rank.
         """
         broken = self.writing and self.writing.done() and self.writing.exception()
         flags = torch.tensor([len(self.caught), bool(broken)], device=self.device)
@@ -361,11 +347,11 @@ class Saver:
             self.reserve(tensors())
         if stop:
             self.wait()
-            verify.say(f"stopped by a signal after step {step}, which is saved: the same command goes on from there")
+            verify.say(f"stopped by a signal after step {step}, which is saved: the same command goes on")
         return bool(stop)
 
     def reserve(self, tensors):
-        """Takes CPU memory for copies of these tensors, in the background: a system can be slow to give it."""
+        """Takes CPU memory for copies of these tensors, in the background: a system can be slow there."""
         self.copies = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
         self.writing = self.thread.submit(lambda: [copy.zero_() for copy in self.copies.values()])
 
@@ -376,8 +362,9 @@ class Saver:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 self.copies[name].copy_(tensor)
-        writer = StateWriter(self.folder / f"step-{step:06d}", json.dumps(progress))
-        self.writing = self.thread.submit(dcp.save, self.copies, storage_writer=writer, process_group=self.group)
+        how = {"storage_writer": StateWriter(self.folder / f"step-{step:06d}", json.dumps(progress)),
+               "process_group": self.group}
+        self.writing = self.thread.submit(dcp.save, self.copies, **how)
 
     def wait(self):
         """Returns when what was saved is whole."""
@@ -387,10 +374,10 @@ class Saver:
 
 
 class StateWriter(dcp.FileSystemWriter):
-    """Writes a state beside its place and renames it when it is whole. What breaks on one rank, dcp raises on all."""
+    """Writes a state beside its place, renames it when whole. What breaks on one rank, dcp raises on all."""
 
     def __init__(self, place, progress):
-        super().__init__(f"{place}.tmp", per_thread_copy_ahead=0)  # 0: nothing is on a GPU, so leave GPUs alone
+        super().__init__(f"{place}.tmp", per_thread_copy_ahead=0)  # 0: it keeps off the GPUs
         self.place, self.progress = place, progress
 
     def finish(self, metadata, results):  # called on rank 0, when all ranks have written
@@ -406,28 +393,19 @@ def states(folder):
     return sorted(path for path in Path(folder).glob("step-*") if path.suffix != ".tmp")
 
 
-def last_progress(out):
-    """(state folder, its progress) of the newest whole state, or (None, None)."""
-    found = states(os.path.join(out, "state"))
+def load_state(out, tensors):
+    """Reads the newest whole state into tensors(), by any number of ranks. Returns its progress, or None."""
+    found = states(Path(out, "state"))
     if not found:
-        return None, None
+        return None
     try:
-        return found[-1], json.loads((found[-1] / "progress.json").read_text())
-    except (OSError, ValueError) as e:
-        unreadable(found[-1], e)
-
-
-def load_state(path, tensors):
-    """Reads a state of Saver into these tensors, by any number of ranks."""
-    try:
-        dcp.load(tensors, checkpoint_id=path)
-    except dcp.api.CheckpointException as e:
-        unreadable(path, next(iter(e.failures.values()))[0])
-
-
-def unreadable(state, error):
-    why = (str(error).splitlines() or [type(error).__name__])[0]
-    fail(f"the state {state} cannot be read ({why}); remove this folder, and the same command goes on from the one before")
+        dcp.load(tensors(), checkpoint_id=found[-1])
+        return json.loads((found[-1] / "progress.json").read_text())
+    except (OSError, ValueError, CheckpointException) as e:
+        error = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        fail(f"the state {found[-1]} cannot be read ({why}); remove this folder, and the same command goes "
+             "on from the state before it")
 
 
 # ------------------------------------------------------------------------------------------------------ data
@@ -456,7 +434,7 @@ def strip_flattery(tokenizer, ids):
 
 
 def trim_repeats(ids, min_block=4, max_block=500, min_repeats=3):
-    """ids without a tail that repeats: of a block (4 to 500 tokens) that ends ids three times or more, one stays."""
+    """ids without a tail that repeats: one stays of a block of 4 to 500 tokens that is there three times."""
     n = len(ids)
     for block in range(min_block, min(max_block, n // min_repeats) + 1):
         start = n - block
@@ -468,7 +446,7 @@ def trim_repeats(ids, min_block=4, max_block=500, min_repeats=3):
 
 
 def clean(tokenizer, ids, counts, name):
-    """One response as the official code cleans it; a trimmed one gets an end-of-turn, for it stops there now."""
+    """A response as the official code cleans it; a trimmed one gets an end-of-turn, for it stops there."""
     body = verify.without_end(tokenizer, ids)
     end = ids[len(body):]
     trimmed = trim_repeats(body)
@@ -499,59 +477,59 @@ def make_example(tokenizer, phrases, row, objective):
     return Example(before + y_revised, weights)
 
 
-def usable_rows(path, objective, phrases, counts):
-    """(line, row) of each row with a right y_revised, for rft a right y_init; the others are counted."""
-    needed = "y_init" if objective == "rft" else "y_revised"
+def read_rows(path, objective, tokenizer, phrases, max_len, no_clean, counts):
+    """The rows to train on, cleaned, each once. Counts what was cleaned, and why others were dropped."""
+    seen, rows = set(), []
+    responses = ("y_init",) if objective == "rft" else ("y_init", "y_revised")  # the last must be right
     for line, row in verify.read_jsonl(path):
-        if objective == "rft" and row.get("kind") == "revision":
-            continue  # of responses.jsonl; each y_init has a row of its own
+        if "kind" in row and objective != "rft":
+            fail(f"{path}:{line}: a row of responses.jsonl; --objective {objective} wants d_revision.jsonl")
+        if row.get("kind") == "revision":
+            continue  # rft: each y_init has a row of its own
         counts["rows read"] += 1
         verify.need(row, path, line, id=str, problem=str, y_init_tokens=list, y_init_correct=bool)
         p_r = phrases[row["y_init_correct"]]
         if row.get("p_r") not in (None, p_r):
             fail(f"{path}:{line}: P_r is {row['p_r']!r}, not {p_r!r}; give the --phrases that srt.py had")
-        if row.get(f"{needed}_correct"):
-            verify.need(row, path, line, **{f"{needed}_tokens": list})
-            yield line, row
+        if not row.get(f"{responses[-1]}_correct"):
+            counts[f"dropped: no right {responses[-1]}"] += 1
+            continue
+        for name in responses:
+            verify.need(row, path, line, **{f"{name}_tokens": list})
+            if not no_clean:
+                row[f"{name}_tokens"] = clean(tokenizer, row[f"{name}_tokens"], counts, name)
+        ids = tuple(make_example(tokenizer, phrases, row, "rft" if objective == "rft" else "revision").ids)
+        if max(ids) >= len(tokenizer):
+            fail(f"{path}:{line}: token id {max(ids)}, but --model has {len(tokenizer)} tokens; "
+                 "collect the data with this model")
+        if ids in seen or len(ids) > max_len:
+            counts["dropped: duplicate" if ids in seen else "dropped: longer than --max_len"] += 1
         else:
-            counts[f"dropped: no right {needed}"] += 1
+            seen.add(ids)
+            rows.append(row)
+    return rows
 
 
 def read_examples(path, objective, stage2_size, tokenizer, phrases, max_len, seed, no_clean=False):
     """
-    The stages of a run, [(name, [Example])], and counts of what was kept, cleaned and dropped; "wrong -> right":
-    tuples with a wrong y_init that were kept. Ends the program when a stage is left without rows.
-    path: d_revision.jsonl, or for rft also responses.jsonl of srt.py.
+    The stages of a run, [(objective, [Example])], and counts: of what was cleaned and dropped, of stages, of
+    "wrong -> right" tuples. path: d_revision.jsonl, for rft also responses.jsonl. No empty stage: it fails.
     """
-    counts, seen, rows = Counter(), set(), []
-    responses = ("y_init",) if objective == "rft" else ("y_init", "y_revised")
-    for line, row in usable_rows(path, objective, phrases, counts):
-        for name in responses if not no_clean else ():
-            row[f"{name}_tokens"] = clean(tokenizer, row[f"{name}_tokens"], counts, name)
-        ids = make_example(tokenizer, phrases, row, "rft" if objective == "rft" else "revision").ids
-        if max(ids) >= len(tokenizer):
-            fail(f"{path}:{line}: token id {max(ids)}, but --model has {len(tokenizer)}; collect the data with this model")
-        if tuple(ids) in seen:
-            counts["dropped: duplicate"] += 1
-        elif len(ids) > max_len:
-            counts["dropped: longer than --max_len"] += 1
-        else:
-            seen.add(tuple(ids))
-            rows.append(row)
+    counts = Counter()
+    rows = read_rows(path, objective, tokenizer, phrases, max_len, no_clean, counts)
     random.Random(seed).shuffle(rows)
-    wrong, right = ([row for row in rows if row["y_init_correct"] == correct] for correct in (False, True))
-    counts["wrong -> right"] = len(wrong)
     stages = [(objective, rows)]
     if objective == "two-stage":
-        filler = max(0, stage2_size - len(right))
-        stages = [("generation", wrong[filler:]), ("revision", right[:stage2_size] + wrong[:filler])]
-        counts["stage 2: right y_init"] = len(right[:stage2_size])
-        counts["not used: right y_init over --stage2_size"] = len(right[stage2_size:])
+        rows.sort(key=lambda row: not row["y_init_correct"])  # those with a right y_init first
+        left = [row for row in rows[stage2_size:] if not row["y_init_correct"]]
+        stages = [("generation", left), ("revision", rows[:stage2_size])]
+        counts["not used: right y_init over --stage2_size"] = len(rows[stage2_size:]) - len(left)
+    counts["wrong -> right"] = sum(not row["y_init_correct"] for row in rows)
     for number, (name, members) in enumerate(stages, 1):
         counts[f"stage {number}: {name}"] = len(members)
         if not members:
-            remedy = f", or lower --stage2_size {stage2_size}" if objective == "two-stage" else ""
-            fail(f"--data {path}: no rows for stage {number} ({name}); counts: {dict(counts)}; collect more{remedy}")
+            remedy = f"or lower --stage2_size {stage2_size}" if objective == "two-stage" else "with srt.py"
+            fail(f"--data {path}: no rows for stage {number} ({name}): {dict(counts)}; get more, {remedy}")
     return [(name, [make_example(tokenizer, phrases, row, name) for row in members])
             for name, members in stages], counts
 
@@ -562,10 +540,10 @@ def add_training_flags(parser):
     """The flags that sft.py and distill.py share."""
     add = parser.add_argument
     add("--micro_tokens", type=natural, default=16384, help="tokens of a packed micro-batch on one rank")
-    add("--dtype", choices=("bfloat16", "float32"), help="of compute; default: bfloat16 on cuda, float32 on cpu")
-    add("--attn", choices=("packed", "flash_attention_2"), default="packed", help="packed: torch's varlen_attn")
-    add("--checkpointing", type=int, choices=(0, 1), help="1 (default on cuda): recompute activations; 0: keep "
-        "them, and gathered weights too: faster, and larger")
+    add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on cuda, float32 on cpu")
+    add("--attn", choices=("packed", "flash_attention_2"), default="packed", help="packed: of torch")
+    add("--checkpointing", type=int, choices=(0, 1), help="1 (default on cuda): recompute activations; "
+        "0: keep them, and gathered weights too: faster, and larger")
     add("--compile", type=int, choices=(0, 1), help="torch.compile each block; default: 1 on cuda")
     add("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
     add("--seed", type=int, default=0)
@@ -582,7 +560,7 @@ def parse_args():
     add("--stage2_size", type=natural, default=2000, help="tuples of stage 2, right y_init first")
     add("--epochs", type=natural, default=3)
     add("--batch", type=natural, default=4, help="sequences of a step, over all ranks")
-    add("--max_len", type=natural, default=32768, help="rows longer than this or than the model takes are dropped")
+    add("--max_len", type=natural, default=32768, help="longer rows are dropped, also for the model")
     add("--lr", type=positive, default=5e-6)
     add("--stage2_lr", type=positive, help="default: --lr")
     add("--weight_decay", type=within(float, 0), default=1e-4)
@@ -601,8 +579,8 @@ def resolve_defaults(args, device):
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
     args.checkpointing = cuda if args.checkpointing is None else bool(args.checkpointing)
     args.compile = cuda if args.compile is None else bool(args.compile)
-    verify.say(f"{dist.get_world_size()} rank(s) on {device.type}: {args.dtype}, checkpointing {args.checkpointing}, "
-               f"compile {args.compile}, attention {args.attn}")
+    verify.say(f"{dist.get_world_size()} rank(s) on {device.type}: {args.dtype}, attention {args.attn}, "
+               f"checkpointing {args.checkpointing}, compile {args.compile}")
 
 
 def step_examples(examples, step, size, seed):
@@ -615,11 +593,11 @@ def step_examples(examples, step, size, seed):
 
 def micro_batches(examples, budget, device):
     """
-    Packs this rank's examples: a list of (Batch, positions whose prediction has a weight [n], weights [n]) on the
-    device, as long on every rank; an empty share is a dummy of two tokens and no weight.
+    This rank's examples, packed: [(Batch, positions whose prediction has a weight [n], weights [n])], as many
+    on every rank; an empty share is a dummy of two tokens and no weight.
     """
     packed = []
-    for rows in same_number(pack([len(e.ids) for e in examples], budget), device):
+    for rows in pack([len(e.ids) for e in examples], budget, device):
         members = [examples[i] for i in rows] or [Example([0, 0], [0, 0])]
         weights = [w for e in members for w in e.weights[1:] + [0]]  # position t predicts token t + 1
         select = [t for t, w in enumerate(weights) if w] or [0]
@@ -648,19 +626,17 @@ def main():
     verify.open_out(args, ranks, FREE)
     if verify.finished(args.out, "final"):
         return dist.destroy_process_group()
-    state, progress = last_progress(args.out)
-    done = progress["step"] if state else 0
     resolve_defaults(args, ranks.device)
     model = load_model(args.model, ranks, make_mesh(ranks), args.dtype, args.attn,
                        checkpointing=args.checkpointing, compile=args.compile)
     optimizer = make_optimizer(model, args.weight_decay, betas=(0.9, 0.95))
-    if state:
-        load_state(state, training_state(model, optimizer))
-    metrics, saver = Metrics(args.out, done), Saver(args.out, args.save_every, ranks.device)
+    progress = load_state(args.out, lambda: training_state(model, optimizer)) or {"step": 0}
+    metrics = Metrics(args.out, progress["step"])
+    saver = Saver(args.out, args.save_every, ranks.device)
 
     steps = [args.epochs * math.ceil(len(examples) / args.batch) for _, examples in stages]
     plan = [(stage, step) for stage in range(len(stages)) for step in range(steps[stage])]
-    for number, (stage, step) in list(enumerate(plan))[done:]:
+    for number, (stage, step) in list(enumerate(plan))[progress["step"]:]:
         started = time.time()
         objective, examples = stages[stage]
         if step == 0:  # each stage has an optimizer of its own
@@ -683,19 +659,19 @@ def main():
 
         seconds, lengths = time.time() - started, [len(e.ids) for e in batch]
         flops = 3 * forward_flops(model.config, lengths, loss_tokens)
-        row = {"step": number, "stage": stage + 1, "objective": objective, "loss": loss.item(), "grad_norm": norm,
-               "lr": lr, "tokens": sum(lengths), "loss_tokens": loss_tokens, "seconds": seconds,
-               "mfu": mfu(flops, seconds, ranks.world)}
-        metrics.report(f"stage {stage + 1} step {step + 1}/{steps[stage]}  loss {row['loss']:.4f}  |g| {norm:.3f}  "
-                       f"lr {lr:.2e}  {seconds:.2f} s", row)
+        row = {"step": number, "stage": stage + 1, "objective": objective, "loss": loss.item(),
+               "grad_norm": norm, "lr": lr, "tokens": sum(lengths), "loss_tokens": loss_tokens,
+               "seconds": seconds, "mfu": mfu(flops, seconds, ranks.world)}
+        metrics.report(f"stage {stage + 1} step {step + 1}/{steps[stage]}  loss {row['loss']:.4f}", row)
         if saver.after_step(number + 1, lambda: training_state(model, optimizer), {"step": number + 1},
                             last=number + 1 == len(plan)):
             return dist.destroy_process_group()
 
     saver.wait()
     save_model(os.path.join(args.out, "final"), model, tokenizer, phrases, args.dtype)
-    summary = {"counts": counts, "steps": len(plan), **vars(args), "dtype": str(args.dtype), "phrases": phrases}
     if ranks.rank == 0:
+        summary = {"counts": counts, "steps": len(plan), **vars(args)}
+        summary |= {"dtype": str(args.dtype), "phrases": phrases}
         verify.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1))
     verify.say(f"saved {args.out}/final")
     dist.destroy_process_group()
