@@ -63,7 +63,7 @@ def micro_batches(rows, side, budget, device):
     their y), all on the device, as long on every rank; an empty share is a dummy of two tokens, one selected, with weight 0.
     """
     full, packed = [getattr(row, side) + row.y for row in rows], []
-    for members in sft.same_number(sft.pack(list(map(len, full)), budget), device):
+    for members in sft.pack(list(map(len, full)), budget, device):
         select, offset = [], 0
         for i in members:
             first = offset + len(full[i]) - len(rows[i].y) - 1
@@ -230,10 +230,6 @@ def main():
     if verify.finished(args.out, "final", steps=args.steps):
         judge.close()
         return dist.destroy_process_group()
-    state, progress = sft.last_progress(args.out)
-    progress = progress or {"step": 0, "best": []}
-    if progress["step"] > args.steps:
-        fail(f"--steps {args.steps}: the run in {args.out} has made {progress['step']}; give at least as many, or --fresh")
     sft.resolve_defaults(args, ranks.device)
 
     mesh = sft.make_mesh(ranks)
@@ -245,8 +241,10 @@ def main():
              f"{student.config.vocab_size}: the KL needs one vocabulary")
     optimizer = sft.make_optimizer(student, args.weight_decay, betas=(0.9, 0.999))
     synchronised = teacher if args.sync_every else None
-    if state:
-        sft.load_state(state, sft.training_state(student, optimizer, synchronised))
+    tensors = lambda: sft.training_state(student, optimizer, synchronised)
+    progress = sft.load_state(args.out, tensors) or {"step": 0, "best": []}
+    if progress["step"] > args.steps:
+        fail(f"--steps {args.steps}: the run in {args.out} has made {progress['step']}; give at least as many, or --fresh")
     teacher_head = teacher.get_output_embeddings().weight.full_tensor()  # [V, H]
     metrics = sft.Metrics(args.out, progress["step"])
     sampler = srt.make_sampler(args.engine, args.model, tokenizer, longest + args.max_tokens, ranks.device, args.dtype,
@@ -256,7 +254,6 @@ def main():
               f"KL {args.kl}{f' top {args.topk}' if args.topk else ''}, from step {progress['step']}", flush=True)
 
     saver = sft.Saver(args.out, args.save_every, ranks.device)
-    saver.reserve(sft.training_state(student, optimizer, synchronised))
 
     def save(path):
         sft.save_model(path, student, tokenizer, family, args.dtype)
@@ -316,20 +313,17 @@ def main():
                 "truncated": counts[3].item() / args.batch, "judge_failed": counts[4].item() / args.batch,
                 "sync_gap": sums[1].item() / tokens, "grad_norm": norm, "lr": lr,
                 "tokens": tokens, "seconds": seconds, **{f"seconds_{k}": v for k, v in clock.seconds.items()},
-                "tokens_per_s": tokens / seconds, "mfu": sft.mfu(flops.item(), training, ranks.world),
-                **sft.memory()}  # what vLLM gives back while it sleeps is counted too
-        metrics.write(row)
-        if ranks.rank == 0:
-            print(f"step {step + 1}/{args.steps}  KL {row['loss']:.4f}  reward {row['reward']:.3f}  length "
-                  f"{row['response_len']:.1f}  gap {row['sync_gap']:.4f}  |g| {norm:.3f}  lr {lr:.1e}  {seconds:.1f} s ("
-                  + " ".join(f"{k} {v:.1f}" for k, v in clock.seconds.items()) + f")  {row['tokens_per_s']:.0f} tok/s"
-                  + (f"  mfu {row['mfu']:.1%}" if row["mfu"] else "") + f"  peak {row['peak_gb']:.2f} GiB, held {row['held_gb']:.2f}"
-                  + (f"  val {row['val_accuracy']:.3f}" if "val_accuracy" in row else ""), flush=True)
+                "mfu": sft.mfu(flops.item(), training, ranks.world)}
+        metrics.report(
+            f"step {step + 1}/{args.steps}  KL {row['loss']:.4f}  reward {row['reward']:.3f}  length "
+            f"{row['response_len']:.1f}  gap {row['sync_gap']:.4f}"
+            + (f"  val {row['val_accuracy']:.3f}" if "val_accuracy" in row else "")
+            + "  (" + " ".join(f"{k} {v:.1f} s" for k, v in clock.seconds.items()) + ")", row)
         if row["sync_gap"] > args.max_sync_gap:
             fail(f"step {step}: the sampler's log-probabilities differ from the trainer's by {row['sync_gap']:.3f} nats per "
                  f"token (--max_sync_gap {args.max_sync_gap}): its weights are stale, or its numerics differ")
         progress["step"] = step + 1
-        stop = saver.after_step(step + 1, lambda: sft.training_state(student, optimizer, synchronised), progress)
+        stop = saver.after_step(step + 1, tensors, progress, last=step + 1 == args.steps)
         if stop:
             break
         if step == first:  # what torch.compile has made stays: vLLM, which collects garbage before it sleeps, need not look there

@@ -303,14 +303,14 @@ def ours_child(model):
     srt.VLLMSampler.room = lambda self, ids, max_tokens: (
         length_of(rows, ids) if max(ids) >= MARK and len(ids) == 128 and max_tokens == 2048 else max_tokens)
     distill.step_problems = lambda step, batch, total, seed: list(range(step * batch, (step + 1) * batch))
-    write = sft.Metrics.write
+    report = sft.Metrics.report
 
-    def write_and_report(self, row):
-        write(self, row)
+    def report_both(self, title, row):
+        report(self, title, row)
         report_step(row["step"], row["seconds_generate"] + row["seconds_sync"],
                     row["seconds_teacher"] + row["seconds_student"], row["seconds"], row["peak_gb"])
 
-    sft.Metrics.write = write_and_report
+    sft.Metrics.report = report_both
     sys.argv = ["distill.py", "--model", model, "--data", str(folder / "data.jsonl"), "--out", str(folder / "out"), "--steps",
                 str(len(STEPS)), "--batch", str(ROWS), "--max_tokens", "2048", "--lr", "1e-6", "--vllm_memory", "0.2",
                 "--max_sync_gap", "1", "--save_every", "100"]

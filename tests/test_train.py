@@ -2,6 +2,7 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.attention.varlen as varlen
-from conftest import REPO, make_rows, read
+from conftest import REPO, make_rows, read, run
 from transformers import AutoModelForCausalLM
 
 import distill
@@ -30,7 +31,8 @@ def sampled_rows(tokenizer, family, problems_file, max_teacher_len=4096):
         x = verify.chat_ids(tokenizer, verify.Problem.of_row(row))
         y = row["y_init_tokens"]
         sample = srt.Sample(None, y, [-1.0] * len(y), False)
-        rows.append(distill.make_row(tokenizer, family, x, sample, row["y_init_correct"], max_teacher_len))
+        phrases = verify.PHRASES[family]
+        rows.append(distill.make_row(tokenizer, phrases, x, sample, row["y_init_correct"], max_teacher_len))
     return rows
 
 
@@ -57,18 +59,19 @@ def test_d_revision_reads_as_the_teacher_does(family_model, problems_file, tmp_p
     path = tmp_path / "d.jsonl"
     made = make_rows(tokenizer, problems_file, family)
     path.write_text("".join(json.dumps(row) + "\n" for row in made))
-    stages, _ = sft.read_examples(str(path), "revision", 0, tokenizer, family, 4096, seed=0)
+    stages, _ = sft.read_examples(str(path), "revision", 0, tokenizer, verify.PHRASES[family], 4096, seed=0)
     trained = sorted(tuple(e.ids) for e in stages[0][1])
     seen = [row.seen for row in sampled_rows(tokenizer, family, problems_file)]
     assert trained == sorted(tuple(s + row["y_revised_tokens"]) for s, row in zip(seen, made))
 
 
 def test_phrases_follow_the_model_type_and_the_record(qwen, olmo, tmp_path):
-    assert verify.phrase_family(qwen) == "qwen" and verify.phrase_family(olmo) == "olmo"
-    assert verify.phrase_family(olmo, "paper") == "paper"
+    assert verify.phrases_of(qwen) == verify.PHRASES["qwen"] and verify.phrases_of(olmo) == verify.PHRASES["olmo"]
+    assert verify.phrases_of(olmo, verify.phrases_flag("paper")) == verify.PHRASES["paper"]
     config = json.load(open(os.path.join(qwen, "config.json")))
-    (tmp_path / "config.json").write_text(json.dumps({**config, "sdzero_phrases": "paper"}))
-    assert verify.phrase_family(str(tmp_path)) == "paper"
+    for recorded, want in (("paper", verify.PHRASES["paper"]), (["No.", "Yes."], ("No.", "Yes."))):  # a name: older ones
+        (tmp_path / "config.json").write_text(json.dumps({**config, "sdzero_phrases": recorded}))
+        assert verify.phrases_of(str(tmp_path)) == want
 
 
 def test_truncation_for_the_teacher(qwen, problems_file):
@@ -121,12 +124,12 @@ def test_packed_attention_equals_eager(family_model, ranks, problems_file):
         assert torch.allclose(got, want, atol=2e-4), (got - want).abs().max()
 
 
-def test_pack():
+def test_pack(ranks):
     lengths = [5, 9, 3, 8, 1, 20, 2]
-    bins = sft.pack(lengths, 10)
+    bins = sft.pack(lengths, 10, ranks.device)
     assert sorted(i for b in bins for i in b) == list(range(7))
     assert all(sum(lengths[i] for i in b) <= 10 or len(b) == 1 for b in bins)
-    assert len(bins) == 4 and sft.pack([], 10) == []
+    assert len(bins) == 4 and sft.pack([], 10, ranks.device) == []
 
 
 # ------------------------------------------------------------------------------- one loss, however it is split
@@ -275,12 +278,12 @@ def test_checkpoint_gives_the_trainers_logits(ranks, tmp_path, problems_file, ti
     sft.optimizer_step(model, optimizer, 1e-2, 1.0)
     with torch.no_grad():
         ours = model(batch, everything, lambda hidden, head: hidden @ head.T)
-    sft.save_model(str(tmp_path / "saved"), model, tokenizer, "paper", torch.float32)
+    sft.save_model(str(tmp_path / "saved"), model, tokenizer, verify.PHRASES["paper"], torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager").eval()
     for row, got in zip(rows, ours.split(list(map(len, rows)))):
         with torch.no_grad():
             assert torch.allclose(got, plain(torch.tensor([row])).logits[0], atol=2e-4)
-    assert verify.phrase_family(str(tmp_path / "saved")) == "paper"
+    assert verify.phrases_of(str(tmp_path / "saved")) == verify.PHRASES["paper"]
     assert verify.load_tokenizer(str(tmp_path / "saved")).end_ids == tokenizer.end_ids
     before = AutoModelForCausalLM.from_pretrained(folder)
     assert not torch.equal(before.get_output_embeddings().weight, plain.get_output_embeddings().weight)
@@ -307,15 +310,49 @@ def test_state_goes_on_bitwise(ranks, qwen, tmp_path, problems_file, monkeypatch
     step(*one)  # while the state is being written
     saver.wait()
     two = fresh()
-    state, progress = sft.last_progress(str(tmp_path))
-    torch.distributed.checkpoint.load(sft.training_state(*two), checkpoint_id=state)
+    progress = sft.load_state(str(tmp_path), lambda: sft.training_state(*two))
     step(*two)
     assert progress == {"step": 1}
     for a, b in zip(one[0].parameters(), two[0].parameters()):
         assert torch.equal(a.full_tensor(), b.full_tensor())
 
 
+# ------------------------------------------------------------------------------------------ sft's plan of steps
+
+PLAN = ["--batch", 5, "--lr", "1e-3", "--stage2_size", 11, "--epochs", 1, "--micro_tokens", 300]  # 6 steps and 3
+
+
+def test_going_on_at_the_border_of_two_stages(qwen, d_revision, tmp_path):
+    """From the last state of stage 1: stage 2 begins with an optimizer of its own, and ends with the same weights."""
+    start = lambda out, *more: run("sft.py", "--model", qwen, "--data", d_revision, "--out", out, *PLAN, *more).stdout
+    start(tmp_path / "whole", "--save_every", 6)
+    assert sorted(os.listdir(tmp_path / "whole/state")) == ["step-000006", "step-000009"]
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part/final")
+    shutil.rmtree(tmp_path / "part/state/step-000009")
+    said = start(tmp_path / "part", "--save_every", 6)
+    assert "stage 1 step" not in said and "stage 2 step 1/3" in said
+    rows = [[(row["step"], row["stage"], row["loss"]) for row in read(tmp_path / out / "metrics.jsonl")]
+            for out in ("whole", "part")]
+    assert rows[0] == rows[1] and [stage for _, stage, _ in rows[0]] == [1] * 6 + [2] * 3
+    weights = [(tmp_path / out / "final/model.safetensors").read_bytes() for out in ("whole", "part")]
+    assert weights[0] == weights[1]
+
+
+def test_the_last_step_is_saved(qwen, d_revision, tmp_path):
+    """Whatever --save_every is: a run that was killed while it wrote final/ makes no step again."""
+    start = lambda *more: run("sft.py", "--model", qwen, "--data", d_revision, "--out", tmp_path, *PLAN, *more).stdout
+    start("--save_every", 4)
+    assert sorted(os.listdir(tmp_path / "state")) == ["step-000008", "step-000009"]
+    before = (tmp_path / "final/model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "final")
+    said = start("--save_every", 4)
+    assert "  loss " not in said and (tmp_path / "final/model.safetensors").read_bytes() == before
+
+
 # ------------------------------------------------------------------------------------------------- sft's data
+
+QWEN = verify.PHRASES["qwen"]
 
 
 def test_objectives_and_stages(qwen, d_revision):
@@ -324,11 +361,11 @@ def test_objectives_and_stages(qwen, d_revision):
     right = [row for row in made if row["y_init_correct"]]
 
     def stages(objective, stage2=20):
-        return sft.read_examples(str(d_revision), objective, stage2, tokenizer, "qwen", 4096, seed=0)[0]
+        return sft.read_examples(str(d_revision), objective, stage2, tokenizer, QWEN, 4096, seed=0)[0]
 
     (one, first), (two, second) = stages("two-stage")
     assert (one, two) == ("generation", "revision") and len(second) == 20 and len(first) == len(made) - 20
-    whole = {tuple(sft.make_example(tokenizer, "qwen", row, "revision").ids): row for row in made}
+    whole = {tuple(sft.make_example(tokenizer, QWEN, row, "revision").ids): row for row in made}
     assert not any(whole[tuple(e.ids)]["y_init_correct"] for e in first)  # stage 1: wrong y_init only
     assert sum(whole[tuple(e.ids)]["y_init_correct"] for e in second) == min(20, len(right))  # stage 2: right ones first
     assert not {tuple(e.ids) for e in first} & {tuple(e.ids) for e in second}
@@ -348,6 +385,30 @@ def test_objectives_and_stages(qwen, d_revision):
         stages("two-stage", 1000)
 
 
+def test_rft_reads_responses(qwen, d_revision, tmp_path):
+    """Rows of today's responses.jsonl, init and revision, and those of older ones, which have both in one."""
+    tokenizer, made = verify.load_tokenizer(qwen), read(d_revision)
+    init = [{"kind": "init", **{name: row[name] for name in ("id", "problem", "answer", "y_init", "y_init_correct",
+                                                             "y_init_tokens")}} for row in made]
+    revision = [{"kind": "revision", **{name: row[name] for name in ("id", "p_r", "y_revised", "y_revised_correct",
+                                                                     "y_revised_tokens")}} for row in made]
+    path = tmp_path / "responses.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for pair in zip(init, revision) for row in pair))
+    new, old = (sft.read_examples(str(file), "rft", 0, tokenizer, QWEN, 4096, seed=0) for file in (path, d_revision))
+    assert new == old and new[1]["rows read"] == len(made)
+    with pytest.raises(SystemExit, match="d_revision"):
+        sft.read_examples(str(path), "two-stage", 10, tokenizer, QWEN, 4096, seed=0)
+
+
+def test_wrong_to_right_is_counted(qwen, d_revision):
+    """After cleaning and without duplicates, whatever the stages."""
+    tokenizer, made = verify.load_tokenizer(qwen), read(d_revision)
+    wrong = len({(row["problem"], row["y_init"]) for row in made if not row["y_init_correct"]})
+    for objective in ("two-stage", "sum"):
+        counts = sft.read_examples(str(d_revision), objective, 20, tokenizer, QWEN, 4096, seed=0)[1]
+        assert counts["wrong -> right"] == wrong > 0
+
+
 def test_cleaning(qwen, tmp_path, d_revision):
     tokenizer = verify.load_tokenizer(qwen)
     end = tokenizer.end_ids[0]
@@ -360,7 +421,7 @@ def test_cleaning(qwen, tmp_path, d_revision):
     rows[1]["y_revised_tokens"] = body + [end]
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[1]]))
-    stages, counts = sft.read_examples(str(path), "revision", 0, tokenizer, "qwen", 4096, seed=0)
+    stages, counts = sft.read_examples(str(path), "revision", 0, tokenizer, QWEN, 4096, seed=0)
     assert {tuple(e.ids[-6:]) for e in stages[0][1]} >= {tuple([24] + loop + [end])}
     assert counts["y_revised: repeating tail trimmed"] == 1 and counts["dropped: duplicate"] == 1
 
