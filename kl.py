@@ -11,27 +11,30 @@ several such tensors for the student and the teacher. Here the loss *and its gra
     3. dh = (dKL/ds) W_student,  dW += (dKL/ds)^T h_student     in fp32          [n, H], [V, H]
 
 so the cost is four matrix products per token and the memory is that of dW, one tile of logits and one chunk of dKL/ds,
-which is held in the type of h_student. The backward pass of autograd only multiplies the stored gradients by the incoming
-scalar. dW is accumulated in fp32 over the chunks: rounding it to bf16 after each of them would bias training.
+which is held in the type of h_student. The backward pass of autograd only multiplies the stored gradients by the
+incoming scalar. dW is accumulated in fp32: rounding it to bf16 after each chunk would bias training.
 
 Departures from the official code: the KL is exact over the vocabulary, not renormalised over the teacher's top 64
 (that approximation is `topk=64`, to compare with), and the default is the paper's reverse KL, not a mixture.
 
-As a script it draws where the reviser disagrees with the student:
+As a script it says whether the teacher corrects or only copies, and draws where it disagrees with the student:
     python kl.py --student runs/srt/final --teacher runs/srt/final --responses runs/collect/responses.jsonl --out runs/kl
 """
 import argparse
 import functools
 import html
 import json
+import math
 import os
+from typing import NamedTuple
 
 import torch
 
 KINDS = ("reverse", "forward", "mixed", "jsd")
+COPIED = math.log(0.99)  # a token whose teacher_logp is above this was copied: the teacher has read it and expects it
 
 
-def divergence(log_p, log_q, kind):
+def divergence(log_p, log_q, kind, targets=None):
     """
     The divergence of each row of log-probabilities and its gradient in the student's logits; p student, q teacher:
 
@@ -40,8 +43,8 @@ def divergence(log_p, log_q, kind):
         mixed    half of each                                gradient  half of each
         jsd      KL(p || m)/2 + KL(q || m)/2, m = (p+q)/2    gradient  p (log p - log m - KL(p || m)) / 2
 
-    log_p, log_q: fp32 [n, V]. Returns ([n], [n, V]) in fp32, in nats. A row with p = q gives exactly 0 and a gradient of
-    exactly 0. To try another divergence, add its lines here.
+    log_p, log_q: fp32 [n, V]; targets: the sampled tokens [n], for a loss that looks at them. Returns ([n], [n, V]) in
+    fp32, in nats. A row with p = q gives exactly 0 and a gradient of exactly 0. To try another one, add its lines here.
     """
     p, d = log_p.exp(), log_p - log_q
     reverse = (p * d).sum(-1)
@@ -50,7 +53,7 @@ def divergence(log_p, log_q, kind):
     q = log_q.exp()
     if kind == "forward":
         return -(q * d).sum(-1), p - q
-    if kind == "jsd":  # log m - log p = f(-d), log m - log q = f(d), with f(x) = log((1 + e^x) / 2) = max(x, 0) + tail
+    if kind == "jsd":  # log m - log p = f(-d), log m - log q = f(d), f(x) = log((1 + e^x) / 2) = max(x, 0) + tail
         tail = torch.log1p(torch.expm1(-d.abs()) / 2)  # 0 at d = 0, and nothing overflows at |d| = 1e4
         p_to_m = -(tail + (-d).clamp(min=0))
         kl_pm = (p * p_to_m).sum(-1)
@@ -59,37 +62,40 @@ def divergence(log_p, log_q, kind):
 
 
 def topk_divergence(log_p, log_q, kind, k):
-    """The official code's approximation: both sides renormalised over the teacher's k likeliest tokens, the rest ignored."""
+    """The official code's approximation: both renormalised over the teacher's k likeliest tokens, the rest ignored."""
     index = log_q.topk(k, dim=-1).indices  # [n, k]
     value, grad = divergence(log_p.gather(1, index).log_softmax(-1), log_q.gather(1, index).log_softmax(-1), kind)
     return value, torch.zeros_like(log_p).scatter_(1, index, grad)
 
 
 def kl_tile(s, t, weight, targets, kind, topk, d_s):
-    """All that is done to a tile of logits: writes weight * dKL/ds to d_s [n, V]; returns KL [n] and log p(target) [n]."""
+    """
+    All that is done to a tile of logits: writes weight * dKL/ds to d_s [n, V]. Returns [4, n]: KL, log p(target) of the
+    student and of the teacher, and the student's entropy.
+    """
     log_p, log_q = s.log_softmax(-1), t.log_softmax(-1)
-    value, grad = topk_divergence(log_p, log_q, kind, topk) if topk else divergence(log_p, log_q, kind)
+    value, grad = topk_divergence(log_p, log_q, kind, topk) if topk else divergence(log_p, log_q, kind, targets)
     d_s.copy_(grad * weight[:, None])
-    return value, log_p.gather(1, targets[:, None])[:, 0]
+    logp, teacher_logp = (log.gather(1, targets[:, None])[:, 0] for log in (log_p, log_q))
+    return torch.stack([value, logp, teacher_logp, -(log_p.exp() * log_p).sum(-1)])
 
 
 def ce_tile(s, weight, targets, d_s):
-    """The same for cross entropy: weight * (p - onehot(target)) to d_s; -log p(target) and log p(target)."""
+    """The same for cross entropy: weight * (p - onehot(target)) to d_s. Returns [1, n]: -log p(target)."""
     log_p = s.log_softmax(-1)
     hit = torch.arange(s.shape[1], device=s.device) == targets[:, None]
     d_s.copy_((log_p.exp() - hit.float()) * weight[:, None])
-    logp = log_p.gather(1, targets[:, None])[:, 0]
-    return -logp, logp
+    return -log_p.gather(1, targets[:, None]).T
 
 
 @functools.cache
 def compiled(tile):
-    """torch.compile makes one pass of a tile's many; the vocabulary is a fixed size to it, the rows of a chunk are not."""
+    """torch.compile makes one pass of a tile's many; the vocabulary is a fixed size to it, the rows are not."""
     return torch.compile(tile)
 
 
 def matmul_fp32(a, b):
-    """a @ b with an fp32 result. On CUDA the bf16 inputs go to the tensor cores as they are, which add up in fp32."""
+    """a @ b with an fp32 result. On CUDA bf16 inputs go to the tensor cores as they are, which add up in fp32."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
@@ -112,51 +118,64 @@ class HeadLoss(torch.autograd.Function):
         needs_grad = hidden.requires_grad or weight.requires_grad
         d_hidden = torch.zeros_like(hidden) if needs_grad else None  # [N, H]
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
-        per_token, logp = (torch.zeros(N, dtype=torch.float32, device=hidden.device) for _ in range(2))
+        seen = []  # [k, n] of each tile, its first row the loss
         d_logits = hidden.new_empty(min(chunk, N), V)
         for i in range(0, N, chunk):
             d_s = d_logits[:N - i]
             for j in range(0, len(d_s), block):
                 d_tile = d_s[j:j + block]
                 rows = slice(i + j, i + j + len(d_tile))
-                per_token[rows], logp[rows] = tile(matmul_fp32(hidden[rows], weight.T), rows, d_tile)
+                seen.append(tile(matmul_fp32(hidden[rows], weight.T), rows, d_tile))
             if needs_grad:
                 rows = slice(i, i + chunk)
                 d_hidden[rows] = matmul_fp32(d_s, weight)
                 add_matmul_fp32(d_weight, d_s.T, hidden[rows])
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(per_token, logp)
-        return (per_token * token_weight).sum(), per_token, logp
+        seen = torch.cat(seen, dim=1)  # [k, N]
+        ctx.mark_non_differentiable(seen)
+        return (seen[0] * token_weight).sum(), seen
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad, _):
         d_hidden, d_weight = ctx.saved_tensors
         d_weight = torch.mul(d_weight, grad, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype))
         return d_hidden * grad.to(d_hidden.dtype), d_weight, None, None, None, None
 
 
 def head_loss(hidden, weight, token_weight, chunk, compile, tile):
-    """HeadLoss with its sizes chosen: about 80 M logits a tile, half as many in eager mode, which keeps several copies of a tile."""
+    """HeadLoss with its sizes chosen: 80 M logits a tile, half as many in eager mode, which keeps several copies."""
     block = max(1, 80_000_000 // weight.shape[0])
     block = max(block // 256 * 256, min(block, 256))  # matrix products like multiples of 256
     chunk = chunk or 4 * block
     return HeadLoss.apply(hidden, weight, token_weight, chunk, min(chunk, block if compile else block // 2 or 1), tile)
 
 
+class KL(NamedTuple):
+    loss: torch.Tensor  # a scalar, with gradients for student_hidden and student_weight; the others are detached, fp32 [N]
+    kl: torch.Tensor  # nats
+    logp: torch.Tensor  # the student's log p(target); None without targets
+    teacher_logp: torch.Tensor  # the teacher's
+    entropy: torch.Tensor  # the student's, nats
+
+
 def chunked_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, kind="reverse", topk=0,
                targets=None, chunk=0, compile=None):
     """
-    sum_i token_weight_i * KL_i between student and teacher, over the whole vocabulary (equation 3 of the paper).
+    sum_i token_weight_i * KL_i between student and teacher (equation 3 of the paper). It equals, but for the memory,
+
+        log_p = (student_hidden.float() @ student_weight.float().T).log_softmax(-1)            # [N, V]
+        log_q = (teacher_hidden.float() @ teacher_weight.float().T).log_softmax(-1).detach()   # [N, V]
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)                                           # [N], kind "reverse"
+        loss = (token_weight * kl).sum()
+        logp, teacher_logp = (log.gather(1, targets[:, None])[:, 0] for log in (log_p, log_q))
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        return KL(loss, kl.detach(), logp.detach(), teacher_logp, entropy.detach())
 
     student_hidden, teacher_hidden: last hidden states [N, H], [N, H'] (any float type).
     student_weight, teacher_weight: the heads [V, H], [V, H']. token_weight: fp32 [N]; 0 leaves a row out.
     kind: see `divergence`. topk: 0 is exact; k > 0 renormalises over the teacher's k largest logits.
-    targets: token ids [N], if the student's log-probabilities of them are wanted. chunk: rows at a time, 0 = chosen.
-    compile: torch.compile the elementwise part; default: on CUDA.
-
-    Returns (loss, kl, logp): loss a scalar with gradients for the two student tensors; kl [N] in nats and
-    logp [N] (of token 0 without targets), fp32 and detached.
+    targets: the sampled tokens [N]. chunk: rows at a time, 0 = chosen. compile: the elementwise part; default: on CUDA.
     Raises ValueError for an unknown kind, for topk with jsd (both sides' supports would matter), for unlike V.
     """
     if kind not in KINDS:
@@ -164,33 +183,36 @@ def chunked_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, t
     if topk and kind == "jsd":
         raise ValueError("topk cannot go with jsd: a mixture over the teacher's top k alone is not a divergence")
     if student_weight.shape[0] != teacher_weight.shape[0]:
-        raise ValueError(f"student has {student_weight.shape[0]} vocabulary rows and teacher {teacher_weight.shape[0]}")
+        raise ValueError(f"student has {student_weight.shape[0]} vocabulary rows, teacher {teacher_weight.shape[0]}")
     if topk > teacher_weight.shape[0] or topk < 0:
         raise ValueError(f"topk must lie in 0..{teacher_weight.shape[0]}, got {topk}")
-    if targets is None:
-        targets = torch.zeros(len(student_hidden), dtype=torch.long, device=student_hidden.device)
+    y = targets
+    if y is None:
+        y = torch.zeros(len(student_hidden), dtype=torch.long, device=student_hidden.device)
     compile = student_hidden.is_cuda if compile is None else compile
     run = compiled(kl_tile) if compile else kl_tile
 
     def tile(s, rows, d_s):
         t = matmul_fp32(teacher_hidden[rows], teacher_weight.T)
-        return run(s, t, token_weight[rows], targets[rows], kind, topk, d_s)
+        return run(s, t, token_weight[rows], y[rows], kind, topk, d_s)
 
-    return head_loss(student_hidden, student_weight, token_weight, chunk, compile, tile)
+    loss, (kl, logp, teacher_logp, entropy) = head_loss(student_hidden, student_weight, token_weight, chunk, compile, tile)
+    return KL(loss, kl, *((logp, teacher_logp) if targets is not None else (None, None)), entropy)
 
 
 def chunked_ce(hidden, weight, targets, token_weight, chunk=0, compile=None):
-    """sum_i token_weight_i * -log p(target_i), the SFT loss, by the same pass. Returns (loss, per-token loss, logp)."""
+    """sum_i token_weight_i * -log p(target_i), the SFT loss, by the same pass. Returns (loss, per-token loss [N])."""
     compile = hidden.is_cuda if compile is None else compile
     run = compiled(ce_tile) if compile else ce_tile
 
     def tile(s, rows, d_s):
         return run(s, token_weight[rows], targets[rows], d_s)
 
-    return head_loss(hidden, weight, token_weight, chunk, compile, tile)
+    loss, (each,) = head_loss(hidden, weight, token_weight, chunk, compile, tile)
+    return loss, each
 
 
-# ---------------------------------------------------------------------------------------------- as a script
+# ----------------------------------------------------------------------------------------------------- as a script
 
 
 def buckets(values, n=20):
@@ -208,15 +230,15 @@ def main():
     from tqdm import tqdm
     import verify
 
-    parser = argparse.ArgumentParser(description="Where the reviser disagrees: per-token KL of responses, drawn.")
+    parser = argparse.ArgumentParser(description="Does the teacher correct or copy, and where does it disagree?")
     parser.add_argument("--student", required=True, help="folder of the model that generates")
     parser.add_argument("--teacher", required=True, help="folder of the model that revises (SRT)")
     parser.add_argument("--responses", required=True, help="responses.jsonl of srt.py; its y_init are scored")
     parser.add_argument("--out", required=True, help="folder for heatmap.html, buckets.png and summary.json")
     parser.add_argument("--kl", choices=KINDS, default="reverse")
-    parser.add_argument("--max_responses", type=verify.natural, default=200)
-    parser.add_argument("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
-    args = verify.parse(parser)
+    parser.add_argument("--max_responses", type=verify.natural, default=200, help="half of them right, where there are as many")
+    parser.add_argument("--phrases", type=verify.phrases_flag, help="default: what --teacher records")
+    args = parser.parse_args()
 
     ranks = verify.launch()
     if ranks.rank:  # one is enough
@@ -225,57 +247,90 @@ def main():
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = verify.load_tokenizer(args.teacher)
     verify.same_vocabulary(args.student, verify.load_tokenizer(args.student), args.teacher, tokenizer)
-    family = verify.phrases_of(args.teacher, args.phrases)
-    rows = {}
-    for line, row in verify.read_jsonl(args.responses):
-        if row.get("kind") == "revision":
-            continue
-        verify.need(row, args.responses, line, id=str, sample=int, problem=str, y_init_tokens=list, y_init_correct=bool)
-        if max(row["y_init_tokens"], default=0) >= len(tokenizer):
-            verify.fail(f"{args.responses}:{line}: a token id over the {len(tokenizer)} of --teacher; these are another model's")
-        rows.setdefault((row["id"], row["sample"]), row)
-    rows = [row for row in rows.values() if row["y_init_tokens"]][: args.max_responses]
-    if not rows:
-        verify.fail(f"--responses {args.responses} holds no responses; srt.py writes such a file")
+    phrases = verify.phrases_of(args.teacher, args.phrases)
+    rows = read_responses(args.responses, args.max_responses, len(tokenizer))
     student, teacher = (AutoModelForCausalLM.from_pretrained(m, dtype=dtype).to(device).eval().requires_grad_(False)
                         for m in (args.student, args.teacher))
 
-    curves, cells = {True: [], False: []}, []
-    for row in tqdm(rows, desc="score", unit="response"):
-        y = row["y_init_tokens"]
-        x = verify.chat_ids(tokenizer, verify.Problem.of_row(row))
-        seen = verify.revision_ids(tokenizer, x, y, row["y_init_correct"], family)
-        hidden = []
-        with torch.no_grad():
-            for model, prefix in ((student, x), (teacher, seen)):
-                ids = torch.tensor([prefix + y], device=device)
-                hidden.append(model.get_decoder()(ids).last_hidden_state[0, len(prefix) - 1:-1])  # [T, H]
-            targets, ones = torch.tensor(y, device=device), torch.ones(len(y), device=device)
-            heads = [model.get_output_embeddings().weight for model in (student, teacher)]
-            _, kl, logp = chunked_kl(hidden[0], heads[0], hidden[1], heads[1], ones, args.kl, targets=targets)
-            _, _, teacher_logp = chunked_ce(hidden[1], heads[1], targets, ones)
-        curves[row["y_init_correct"]].append(buckets(kl.cpu()))
-        if len(cells) < 20:
-            cells.append(heat_row(tokenizer, row, y, (logp - teacher_logp).tolist(), kl.tolist()))
+    def score(y, x, seen):
+        """KL of the student, who has read x, to the teacher, who has read `seen`, at each token of y."""
+        targets, hidden = torch.tensor(y, device=device), []
+        for model, before in ((student, x), (teacher, seen)):
+            ids = torch.tensor([before + y], device=device)
+            hidden.append(model.get_decoder()(ids).last_hidden_state[0, len(before) - 1:-1])  # [T, H]
+        heads = [model.get_output_embeddings().weight for model in (student, teacher)]
+        ones = torch.ones(len(y), device=device)
+        return chunked_kl(hidden[0], heads[0], hidden[1], heads[1], ones, args.kl, targets=targets)
 
+    measured, cells = {"right": [], "wrong": []}, []
+    for row in tqdm(rows, desc="score", unit="response"):
+        problem, y, correct = verify.Problem.of_row(row), row["y_init_tokens"], row["y_init_correct"]
+        x = verify.chat_ids(tokenizer, problem)
+        with torch.no_grad():
+            after_wrong, after_right = (
+                score(y, x, verify.teacher_reads(tokenizer, problem, x, y, told, phrases)) for told in (False, True))
+        told = after_right if correct else after_wrong
+        contrast = after_wrong.teacher_logp - after_right.teacher_logp
+        measured["right" if correct else "wrong"].append({
+            "kl": told.kl.mean(), "logp_student": told.logp.mean(), "logp_teacher": told.teacher_logp.mean(),
+            "copied": (told.teacher_logp > COPIED).float().mean(), "contrast": contrast.mean(),
+            "abs_contrast": contrast.abs().mean(), "kl_by_bucket": torch.tensor(buckets(told.kl.cpu())),
+            "contrast_by_bucket": torch.tensor(buckets(contrast.abs().cpu()))})
+        if len(cells) < 20:
+            difference = (told.logp - told.teacher_logp).tolist()
+            cells.append(heat_row(tokenizer, row, y, difference, told.kl.tolist()))
+
+    summary = {"kl": args.kl, "phrases": phrases}
+    for name, found in measured.items():
+        summary[name] = {"responses": len(found)}
+        for key in found[0] if found else ():  # a mean over responses, each the mean over its tokens
+            summary[name][key] = torch.stack([each[key].cpu() for each in found]).mean(0).tolist()
     os.makedirs(args.out, exist_ok=True)
-    mean = {name: torch.tensor(curves[ok]).mean(0).tolist() if curves[ok] else None
-            for name, ok in (("right", True), ("wrong", False))}
-    summary = {"responses": len(rows), "right": len(curves[True]), "wrong": len(curves[False]), "kl": args.kl,
-               "share_of_kl_by_bucket": mean}
     with open(os.path.join(args.out, "summary.json"), "w") as f:
         json.dump(summary, f, indent=1)
     with open(os.path.join(args.out, "heatmap.html"), "w") as f:
         f.write(HEAT_PAGE + "".join(cells))
-    draw_buckets(mean, summary, os.path.join(args.out, "buckets.png"))
-    print(f"{len(rows)} responses; share of the KL on the first 5 % of tokens: " + ", ".join(
-        f"{name} {curve[0]:.2f}" for name, curve in mean.items() if curve) + f"; see {args.out}/heatmap.html, buckets.png")
+    draw_buckets(summary, os.path.join(args.out, "buckets.png"))
+    print(report(summary) + f"\nsee {args.out}/heatmap.html, buckets.png")
     torch.distributed.destroy_process_group()
 
 
+def read_responses(path, most, vocabulary):
+    """The y_init rows of a responses.jsonl, right and wrong in turn as long as there are both, at most `most`."""
+    import verify
+    kinds = {True: {}, False: {}}
+    for line, row in verify.read_jsonl(path):
+        if row.get("kind", "init") != "init":
+            continue
+        verify.need(row, path, line, id=str, sample=int, problem=str, y_init_tokens=list, y_init_correct=bool)
+        if max(row["y_init_tokens"], default=0) >= vocabulary:
+            verify.fail(f"{path}:{line}: a token id over the {vocabulary} of --teacher; these are another model's")
+        if row["y_init_tokens"]:
+            kinds[row["y_init_correct"]].setdefault((row["id"], row["sample"]), row)
+    right, wrong = (list(kinds[ok].values()) for ok in (True, False))
+    if not right and not wrong:
+        verify.fail(f"--responses {path} holds no y_init; srt.py writes such a file")
+    half = max(most - len(wrong), most // 2)
+    return (right[:half] + wrong)[:most]
+
+
+def report(summary):
+    """The table that the script prints, and what to make of it."""
+    lines = [f"{'y_init':8}{'responses':>10}{'KL':>8}{'log p student':>15}{'teacher':>9}{'copied':>8}{'contrast':>10}"
+             f"{'|contrast|':>12}{'KL on 5 %':>11}"]
+    for name in ("right", "wrong"):
+        if (s := summary[name])["responses"]:
+            lines.append(f"{name:8}{s['responses']:10}{s['kl']:8.3f}{s['logp_student']:15.3f}{s['logp_teacher']:9.3f}"
+                         f"{s['copied']:8.2f}{s['contrast']:10.3f}{s['abs_contrast']:12.3f}{s['kl_by_bucket'][0]:11.2f}")
+    return "\n".join(lines) + (
+        "\ncopied: share of tokens to which the teacher, having read y, gives more than .99; contrast: log p(y_t) after the"
+        "\nphrase for wrong minus after the one for right. A contrast near 0 beside a large KL: the teacher copies what it"
+        "\nread, whatever it was told, and the KL carries no verdict.")
+
+
 HEAT_PAGE = """<!doctype html><meta charset="utf-8"><title>Where the reviser disagrees</title>
-<style>body{font:15px/1.9 monospace;max-width:75em;margin:2em auto;padding:0 1em} span{padding:2px 0;white-space:pre-wrap}
-h3{font:bold 15px sans-serif;margin:1.6em 0 .2em}</style>
+<style>body{font:15px/1.9 monospace;max-width:75em;margin:2em auto;padding:0 1em}
+span{padding:2px 0;white-space:pre-wrap} h3{font:bold 15px sans-serif;margin:1.6em 0 .2em}</style>
 <p style="font-family:sans-serif">Each token is coloured by log p_student - log p_reviser: <span style="background:
 rgba(220,40,40,.6)">red</span> where the reviser, told the outcome, finds the token less likely than the student did,
 <span style="background:rgba(40,90,220,.6)">blue</span> where more likely. Hover for the numbers.</p>
@@ -290,17 +345,19 @@ def heat_row(tokenizer, row, ids, difference, kl):
         spans.append(f'<span style="background:rgba({colour},{min(abs(d) / 3, 1) * 0.8:.2f})" title="log ratio {d:+.2f}, '
                      f'KL {k:.3f}">{html.escape(tokenizer.decode([token]))}</span>')
     outcome = "right" if row["y_init_correct"] else "wrong"
-    return f"<h3>{html.escape(str(row['id']))} · {outcome} · answer {html.escape(str(row.get('answer')))}</h3>{''.join(spans)}\n"
+    title = f"{html.escape(str(row['id']))} · {outcome} · answer {html.escape(str(row.get('answer')))}"
+    return f"<h3>{title}</h3>{''.join(spans)}\n"
 
 
-def draw_buckets(mean, summary, path):
+def draw_buckets(summary, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for (name, curve), colour in zip(mean.items(), ("tab:blue", "tab:red")):
-        if curve:
-            ax.plot(range(1, 21), curve, marker="o", ms=3, color=colour, label=f"{name} ({summary[name]})")
+    for name, colour in (("right", "tab:blue"), ("wrong", "tab:red")):
+        if summary[name]["responses"]:
+            ax.plot(range(1, 21), summary[name]["kl_by_bucket"], marker="o", ms=3, color=colour,
+                    label=f"{name} ({summary[name]['responses']})")
     ax.set(xlabel="tokens of a response, sorted by KL, in 20 equal buckets", ylabel="share of the response's KL",
            title="Self-localisation: where the KL sits")
     ax.set_ylim(bottom=0)

@@ -146,15 +146,15 @@ def set_compiler(checkpointing):
     torch._functorch.config.is_non_builtin_to_include = checkpointing  # attention is among what it may keep
 
 
-def load_model(path, ranks, mesh, dtype, attn="packed", trainable=True, checkpointing=False, compile=False):
+def load_model(path, ranks, mesh, dtype, attn="packed", trainable=True, checkpointing=False, compile=False,
+               held=torch.float32):
     """
-    A causal LM under FSDP2: fp32 master weights and gradients, compute in `dtype` (frozen: held in it).
+    A causal LM under FSDP2: weights held in `held`, gradients and their sums in fp32, compute in `dtype`.
     Its forward is packed_forward. Without checkpointing, gathered weights too stay for the backward pass.
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
     AttentionInterface.register("packed", packed_attention)
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attn)
-    held = torch.float32 if trainable else dtype
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     torch._dynamo.config.recompile_limit = 64  # student, teacher, ranges of lengths share a layer's code
     if trainable:
@@ -649,7 +649,7 @@ def main():
         for packed, select, weights in micro_batches(mine, args.micro_tokens, ranks.device):
             # FSDP averages gradients over ranks; times world makes that a sum
             weights *= ranks.world / loss_tokens
-            part, _, _ = model(packed, select, lambda hidden, head: chunked_ce(
+            part, _ = model(packed, select, lambda hidden, head: chunked_ce(
                 hidden, head, packed.ids[select + 1], weights))
             part.backward()
             loss += part.detach() / ranks.world

@@ -444,6 +444,11 @@ def revision_ids(tokenizer, x_ids, y_ids, correct, phrases):
     return x_ids + without_end(tokenizer, y_ids) + control_ids(tokenizer, correct, phrases)
 
 
+def teacher_reads(tokenizer, problem, x_ids, y_ids, correct, phrases):
+    """What the teacher of phase 2 reads before the y that it scores. The one place to change it."""
+    return revision_ids(tokenizer, x_ids, y_ids, correct, phrases)
+
+
 # ------------------------------------------------------------------------------------------------ verdicts
 # A verifier is one file, which imports nothing of the project, with
 #   INSTRUCTION                     text after the problem in the user message

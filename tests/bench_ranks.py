@@ -34,7 +34,7 @@ def fixed_batch(model_folder):
     batch = sft.make_batch(rows[ranks.rank::ranks.world], ranks.device)
     select = (batch.positions < 511).nonzero()[:, 0]  # the end of a row predicts nothing: what follows depends on the ranks
     weights = torch.full((len(select),), ranks.world / (8 * 511), device=ranks.device)
-    loss, _, _ = model(batch, select, lambda hidden, head: chunked_ce(hidden, head, batch.ids[select + 1], weights))
+    loss, _ = model(batch, select, lambda hidden, head: chunked_ce(hidden, head, batch.ids[select + 1], weights))
     loss.backward()
     norm = sft.optimizer_step(model, sft.make_optimizer(model, 0.0, (0.9, 0.95)), 0.0, 1.0)
     loss = loss.detach() / ranks.world

@@ -37,7 +37,8 @@ def both(kind, topk=0, chunk=0, scale=1.0, weight=None, hidden_t=H, compile=Fals
     for dtype in (torch.float32, torch.float64):
         a, b = hs.to(dtype).requires_grad_(), ws.to(dtype).requires_grad_()
         if dtype == torch.float32:
-            loss, each, _ = kl.chunked_kl(a, b, ht.float(), wt.float(), w.float(), kind, topk, chunk=chunk, compile=compile)
+            loss, each = kl.chunked_kl(a, b, ht.float(), wt.float(), w.float(), kind, topk, chunk=chunk,
+                                       compile=compile)[:2]
         else:
             each = reference(a @ b.T, ht @ wt.T, kind, topk)
             loss = (each * w).sum()
@@ -92,7 +93,7 @@ def test_masks_and_zero_weights(kind):
 def test_identical_student_and_teacher(kind):
     hs, ws, *_ = (a.float() for a in inputs(scale=3.0))
     a, b = hs.clone().requires_grad_(), ws.clone().requires_grad_()
-    loss, each, _ = kl.chunked_kl(a, b, hs, ws, torch.ones(N), kind, chunk=6)
+    loss, each = kl.chunked_kl(a, b, hs, ws, torch.ones(N), kind, chunk=6)[:2]
     loss.backward()
     assert each.abs().max() == 0 and a.grad.abs().max() == 0 and b.grad.abs().max() == 0
 
@@ -149,12 +150,33 @@ def test_bf16_inputs_accumulate_in_fp32():
         assert (a.grad.double() - want[0].grad).norm() < 4e-3 * want[0].grad.norm()
 
 
-def test_logp_of_targets():
+@pytest.mark.parametrize("topk", [0, 3])
+def test_what_else_is_seen_at_a_tile(topk):
+    """log p(target) of both sides and the student's entropy, over the whole vocabulary whatever topk."""
     hs, ws, ht, wt, w = (x.float() for x in inputs())
     targets = torch.arange(N) * 7 % V
-    _, _, logp = kl.chunked_kl(hs, ws, ht, wt, w, targets=targets, chunk=5)
-    want = (hs.double() @ ws.double().T).log_softmax(-1)[torch.arange(N), targets]
-    assert torch.allclose(logp.double(), want, atol=1e-5)
+    found = kl.chunked_kl(hs, ws, ht, wt, w, topk=topk, targets=targets, chunk=5)
+    log_p, log_q = ((h.double() @ head.double().T).log_softmax(-1) for h, head in ((hs, ws), (ht, wt)))
+    assert torch.allclose(found.logp.double(), log_p[torch.arange(N), targets], atol=1e-5)
+    assert torch.allclose(found.teacher_logp.double(), log_q[torch.arange(N), targets], atol=1e-5)
+    assert torch.allclose(found.entropy.double(), -(log_p.exp() * log_p).sum(-1), atol=1e-5)
+    without = kl.chunked_kl(hs, ws, ht, wt, w, topk=topk, chunk=5)
+    assert without.logp is None and without.teacher_logp is None
+    assert torch.equal(without.kl, found.kl) and torch.equal(without.entropy, found.entropy)
+
+
+def test_the_docstring_says_what_it_computes():
+    """The lines of full-vocabulary torch in chunked_kl's docstring, run, give the same."""
+    hs, ws, ht, wt, w = (x.float() for x in inputs())
+    lines = [line[8:] for line in kl.chunked_kl.__doc__.splitlines() if line.startswith("        ")]
+    names = {"student_hidden": hs, "student_weight": ws, "teacher_hidden": ht, "teacher_weight": wt,
+             "token_weight": w, "targets": torch.arange(N), "KL": kl.KL}
+    code = "def full(): \n" + "\n".join("    " + line for line in lines)
+    exec(code, names)
+    ours = kl.chunked_kl(hs, ws, ht, wt, w, targets=torch.arange(N), chunk=5)
+    assert len(lines) >= 7
+    for mine, theirs in zip(ours, names["full"](), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
 
 
 def test_cross_entropy():
