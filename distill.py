@@ -175,8 +175,9 @@ def worse(history):
     """
     if len(history) < 15:
         return None
-    means = lambda steps: [sum(column) / len(steps) for column in zip(*steps)]
-    (reward_0, truncated_0, entropy_0), (reward, truncated, entropy) = means(history[:5]), means(history[-10:])
+    mean = lambda steps: [sum(column) / len(steps) for column in zip(*steps)]
+    reward_0, truncated_0, entropy_0 = mean(history[:5])
+    reward, truncated, entropy = mean(history[-10:])
     if reward < reward_0 / 2:
         return f"the reward has fallen from {reward_0:.3f} to {reward:.3f}"
     if truncated > 0.5 and truncated > truncated_0:
@@ -193,7 +194,7 @@ def warn(progress, args):
         progress["worse"] = why
         best = f" The best validation: {args.out}/best/step-{progress['best'][0][1]:06d}." if args.val else ""
         verify.say(f"warning: step {progress['step']}: {why}. A falling KL alone is no learning: the teacher "
-                   f"may only copy y. Try --kl forward, a lower --lr, more wrong -> right tuples in SRT.{best}")
+                   f"may only copy y. Try --kl forward, a lower --lr, more wrong -> right tuples.{best}")
     return bool(why) and args.stop_when_worse
 
 
@@ -218,24 +219,25 @@ def flops_of(student, teacher, rows):
             + 8 * sum(len(r.y) for r in rows) * teacher.config.vocab_size * teacher.config.hidden_size)
 
 
-def log(metrics, args, ranks, step, sums, clock, **more):
+def log(metrics, args, ranks, step, sums, clock, **others):
     """Writes and prints the row of a step; returns it. sums: by name, over what this rank had."""
     sums = sum_over_ranks(ranks, **sums)
-    tokens, right = max(1, sums["tokens"]), sums["tokens_right"]
+    tokens, right, wrong = max(1, sums["tokens"]), sums["tokens_right"], sums["tokens"] - sums["tokens_right"]
     training = clock.seconds["teacher"] + clock.seconds["student"]
     row = {"step": step, "loss": sums["loss"], "kl_right": sums["kl_right"] / right if right else None,
-           "kl_wrong": (sums["kl"] - sums["kl_right"]) / (tokens - right) if tokens > right else None,
+           "kl_wrong": (sums["kl"] - sums["kl_right"]) / wrong if wrong else None,
            **{name: sums[name] / tokens for name in ("entropy", "copied", "sync_gap")},
            **{name: sums[name] / args.batch
               for name in ("reward", "response_len", "truncated", "judge_failed")},
            "tokens": int(sums["tokens"]), "seconds": sum(clock.seconds.values()),
            **{f"seconds_{part}": seconds for part, seconds in clock.seconds.items()},
-           "mfu": sft.mfu(sums["flops"], training, ranks.world), **more}
-    val = f"  val {row['val_accuracy']:.3f}" if "val_accuracy" in row else ""
+           "mfu": sft.mfu(sums["flops"], training, ranks.world), **others}
+    more = f"  val {row['val_accuracy']:.3f}" if "val_accuracy" in row else ""
+    more += "" if row["updated"] else "  no update: no row has weight"
     parts = " ".join(f"{part} {seconds:.1f}" for part, seconds in clock.seconds.items())
     metrics.report(f"step {step + 1}/{args.steps}  KL {row['loss']:.4f}  reward {row['reward']:.3f}  length "
-                   f"{row['response_len']:.1f}  entropy {row['entropy']:.3f}  gap {row['sync_gap']:.4f}{val}  "
-                   f"({parts})", row)
+                   f"{row['response_len']:.1f}  entropy {row['entropy']:.3f}  gap {row['sync_gap']:.4f}"
+                   f"{more}  ({parts})", row)
     return row
 
 
@@ -331,8 +333,8 @@ def main():
     tensors = lambda: sft.training_state(student, optimizer, teacher if moving else None)
     progress = sft.load_state(args.out, tensors) or {"step": 0, "best": [], "history": [], "worse": None}
     if progress["step"] > args.steps:
-        fail(f"--steps {args.steps}: the run in {args.out} has made {progress['step']}; give at least as many, "
-             "or --fresh")
+        fail(f"--steps {args.steps}: the run in {args.out} has made {progress['step']}; give at least as "
+             "many, or --fresh")
     teacher_head = whole_head(teacher, args.dtype)
     metrics = sft.Metrics(args.out, progress["step"])
     saver = sft.Saver(args.out, args.save_every, ranks.device)
@@ -398,8 +400,8 @@ def main():
                   **accuracy)
         if row["sync_gap"] > args.max_sync_gap:
             fail(f"step {step}: the sampler's log-probabilities differ from the trainer's by "
-                 f"{row['sync_gap']:.3f} nats per token (--max_sync_gap {args.max_sync_gap}): its weights are "
-                 "stale, or its numerics differ")
+                 f"{row['sync_gap']:.3f} nats per token (--max_sync_gap {args.max_sync_gap}): its weights "
+                 "are stale, or its numerics differ")
         progress["step"] = step + 1
         progress["history"].append([row["reward"], row["truncated"], row["entropy"]])
         stop = warn(progress, args)

@@ -1,0 +1,146 @@
+"""distill.py: weights of rows, what is measured beside the loss, steps without rows, runs that get worse."""
+import json
+
+import pytest
+import torch
+from conftest import read, run, write_problems
+from test_train import sampled_rows, step_of
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import distill
+import sft
+import verify
+from kl import COPIED
+
+
+@pytest.fixture(scope="module")
+def qwen2(qwen, tmp_path_factory):
+    """A tiny model of Qwen2's shape: its q, k and v have biases, here large ones."""
+    folder, tokenizer = str(tmp_path_factory.mktemp("qwen2") / "model"), verify.load_tokenizer(qwen)
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id))
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, std=1.0 if "bias" in name else 0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def plain_scores(folder, rows):
+    """[(log p student [T, V], log p teacher [T, V])] of each row by plain transformers in float64."""
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").double()
+    score = lambda before, y: plain(torch.tensor([before + y])).logits[0, len(before) - 1:-1].log_softmax(-1)
+    return plain, [(score(row.x, row.y), score(row.seen, row.y).detach()) for row in rows]
+
+
+def test_packed_path_of_qwen2_against_plain_transformers(ranks, qwen2, problems_file):
+    """Loss, gradients, and each sum that is logged, of a model with biases."""
+    rows = sampled_rows(verify.load_tokenizer(qwen2), "qwen", problems_file)[:6]
+    assert {row.correct for row in rows} == {True, False}
+    sums, grads = step_of(ranks, qwen2, rows, range(6), 150)
+    plain, scores = plain_scores(qwen2, rows)
+    kl = [(s.exp() * (s - t)).sum(-1) for s, t in scores]
+    on = [torch.arange(len(row.y)) for row in rows]
+    want = {"loss": sum(k.sum() for k in kl) / sum(len(row.y) for row in rows),
+            "sync_gap": sum((s[i, row.y] + 1).abs().sum() for (s, _), row, i in zip(scores, rows, on)),
+            "kl": sum(k.sum() for k in kl), "kl_right": sum(k.sum() for k, row in zip(kl, rows) if row.correct),
+            "entropy": -sum((s.exp() * s).sum() for s, _ in scores),
+            "copied": sum((t[i, row.y] > COPIED).sum() for (_, t), row, i in zip(scores, rows, on))}
+    for got, (name, value) in zip(sums.tolist(), want.items(), strict=True):
+        assert got == pytest.approx(value.item(), rel=1e-4), name
+    want["loss"].backward()
+    for name, p in plain.named_parameters():
+        assert (grads[name] - p.grad).norm() < 1e-4 * p.grad.norm(), name
+
+
+def test_weights_of_rows(ranks, qwen, problems_file):
+    """Weight 0 is as if the row were not there; 1 / len(y) is the mean over responses of their means."""
+    rows = sampled_rows(verify.load_tokenizer(qwen), "qwen", problems_file)[:4]
+    left_out = [row._replace(weight=float(i != 2)) for i, row in enumerate(rows)]
+    tokens = sum(len(row.y) for row in rows)
+    weight = lambda rows: sum(row.weight * len(row.y) for row in rows)
+    without, grads = step_of(ranks, qwen, rows[:2] + rows[3:], range(3), 10**6)
+    sums, same = step_of(ranks, qwen, left_out, range(4), 10**6)  # step_of divides by all tokens
+    assert sums[0] * tokens == pytest.approx((without[0] * weight(left_out)).item(), rel=1e-5)
+    for name in grads:
+        assert torch.allclose(same[name] * tokens, grads[name] * weight(left_out), rtol=1e-3, atol=1e-5), name
+    _, scores = plain_scores(qwen, rows)
+    want = sum((s.exp() * (s - t)).sum(-1).mean() for s, t in scores) / 4
+    per_response = [row._replace(weight=1 / len(row.y)) for row in rows]
+    got = step_of(ranks, qwen, per_response, range(4), 10**6)[0][0] * tokens / weight(per_response)
+    assert got == pytest.approx(want.item(), rel=1e-4)
+
+
+# reward, truncated, entropy of real runs, step by step: docs/real.md
+COLLAPSE = [
+    (.078, 0, .245), (.094, 0, .239), (.141, 0, .241), (.141, .016, .234), (.078, 0, .211), (.125, 0, .181),
+    (.094, 0, .131), (.125, .008, .115), (.086, 0, .115), (.063, .016, .075), (.039, .047, .059), (.063, .039, .053),
+    (.055, .031, .049), (.031, .055, .044), (0, .063, .041), (.031, .117, .033)]
+DIP = [.93, .85, .71, .59, .69, .84, .86, .88, .96, .89, .92, .93, .95, .95, .99, .96, .95, .97, .95, .98]  # the demo's
+
+
+def first_warning(history):
+    """The number of steps after which a run that goes like this is called worse, or None."""
+    return next((n for n in range(len(history) + 1) if distill.worse(history[:n])), None)
+
+
+def test_worse():
+    flat = [[.5, .1, .3]] * 40
+    assert first_warning(flat) is None
+    assert first_warning(COLLAPSE + COLLAPSE[-1:] * 4) <= 18  # that run was seen for 16 steps: its reward had all but halved
+    assert first_warning([[r, 0, .3 * .9 ** i] for i, r in enumerate(DIP)]) is None  # entropy falls, reward has risen
+    deep = [.86, .8, .6, .3, .15, .2, .5, .8] + [.95] * 12  # another world's
+    assert first_warning([[r, 0, .1] for r in deep]) is None
+    assert first_warning([[.5, min(1, i / 40), .3] for i in range(40)]) is not None  # ever more truncated
+    assert first_warning([[.5, .9, .3]] * 40) is None  # a --max_tokens that was small from the start
+    assert "entropy" in distill.worse([[.5, 0, .3]] * 15 + [[.45, 0, .01]] * 10)
+    assert "reward" in distill.worse([[.5, 0, .3]] * 15 + [[.2, 0, .3]] * 10)
+
+
+LOST = ["--steps", 40, "--batch", 8, "--lr", "3e-2", "--warmup", 0, "--max_tokens", 12, "--engine", "hf", "--max_sync_gap", 50,
+        "--val_every", 10, "--val_samples", 1]
+
+
+def test_a_run_that_gets_worse(guesser, tmp_path):
+    """A learning rate that destroys the model: said once, and with the flag the run ends there, also when it is resumed."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"id": f"p{i}", "problem": f"{i}+1=?", "answer": str(3 + i % 3)}) + "\n" for i in range(12)))
+    start = lambda out, *more: run("distill.py", "--model", guesser, "--data", data, "--val", data, "--out", tmp_path / out,
+                                   *LOST, *more).stdout
+    said = start("goes_on")
+    assert said.count("warning: step") == 1 and (tmp_path / "goes_on/final").exists()
+    stopped = start("ends", "--stop_when_worse")
+    steps = len(read(tmp_path / "ends/metrics.jsonl"))
+    assert stopped.count("warning: step") == 1 and "best/step-0000" in stopped and 15 <= steps < 40
+    assert f"ended after {steps} of 40 steps" in stopped and not (tmp_path / "ends/final").exists()
+    again = start("ends", "--stop_when_worse")
+    assert f"ended after {steps} of 40 steps" in again and "warning" not in again
+    assert len(read(tmp_path / "ends/metrics.jsonl")) == steps
+    assert (tmp_path / "ends/final").exists() is False and "saved" in start("ends")  # without the flag it goes on
+
+
+def test_a_step_without_rows_makes_no_update(qwen, tmp_path):
+    """No prompt leaves room for two copies of y: such steps are counted, and the weights stay."""
+    data = write_problems(tmp_path / "data.jsonl", 6)
+    said = run("distill.py", "--model", qwen, "--data", data, "--out", tmp_path / "out", "--steps", 2, "--batch", 4,
+               "--max_tokens", 8, "--max_teacher_len", 20, "--engine", "hf", nproc=2).stdout
+    rows = read(tmp_path / "out/metrics.jsonl")
+    assert [row["updated"] for row in rows] == [False, False] and "no update" in said
+    assert [row["tokens"] for row in rows] == [0, 0] and rows[0]["kl_right"] is None and rows[0]["kl_wrong"] is None
+    a, b = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (qwen, tmp_path / "out/final"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_moving_teacher_is_held_in_fp32(qwen, ranks):
+    """A step that bf16 would round away moves it."""
+    student, teacher = (sft.load_model(qwen, ranks, sft.make_mesh(ranks), torch.bfloat16, trainable=trainable, held=torch.float32)
+                        for trainable in (True, False))
+    with torch.no_grad():
+        for p in student.parameters():
+            p.mul_(1 + 1e-5)
+    distill.move_teacher(teacher, student)
+    for mine, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
+        assert mine.dtype == torch.float32 and torch.equal(mine.full_tensor(), theirs.full_tensor())
+    assert distill.whole_head(teacher, torch.bfloat16).dtype == torch.bfloat16
