@@ -180,7 +180,7 @@ def worse(history):
     reward, truncated, entropy = mean(history[-10:])
     if reward < reward_0 / 2:
         return f"the reward has fallen from {reward_0:.3f} to {reward:.3f}"
-    if truncated > 0.5 and truncated > truncated_0:
+    if truncated > max(0.5, truncated_0 + 0.1):
         return f"{truncated:.0%} of the responses are truncated"
     if entropy < entropy_0 / 5 and reward < reward_0:
         return f"the entropy has fallen from {entropy_0:.3f} to {entropy:.3f}, and the reward has not risen"
