@@ -506,7 +506,7 @@ def test_the_best_checkpoints_stay(ranks, tmp_path):
 
 
 def test_the_teacher_does_not_train(qwen, ranks):
-    """No dropout, no gradients (in a fresh model and in a copy of the student); the copy's head is returned."""
+    """No dropout, no gradients (in a fresh model and a copy of the student); the copy's head is returned."""
     student = sft.load_model(qwen, ranks, sft.make_mesh(ranks), torch.float32)
     teacher = sft.load_model(qwen, ranks, sft.make_mesh(ranks), torch.float32, trainable=False)
     with torch.no_grad():
