@@ -108,8 +108,8 @@ def make_batch(rows, device):
 
 def pack(lengths, budget, device):
     """
-    Row numbers in bins of at most `budget` tokens, first fit, longest first; a longer row has its own bin.
-    Empty bins follow until every rank has as many: all must enter each collective.
+    Row numbers in bins of at most `budget` tokens, by first fit, from longest to shortest; a longer row has
+    its own. Empty bins follow until every rank has as many: all must enter each collective.
     """
     bins, room = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -139,18 +139,17 @@ def make_mesh(ranks):
 
 def set_compiler(checkpointing):
     """
-    What --checkpointing sets for the whole process: compiled blocks are not computed again as a whole, the
-    compiler chooses what to keep, within this share of the memory that keeping everything would take.
+    What --checkpointing sets for the whole process. A compiled block is not computed again as a whole: the
+    compiler chooses what to keep, within a share of the memory that keeping everything would take.
     """
     torch._functorch.config.activation_memory_budget = 0.3 if checkpointing else 0.85  # 0.85 costs no time
     torch._functorch.config.is_non_builtin_to_include = checkpointing  # attention is among what it may keep
 
 
-def load_model(path, ranks, mesh, dtype, attn="packed", trainable=True, checkpointing=False, compile=False,
-               held=torch.float32):
+def load_model(path, ranks, mesh, dtype, attn="packed", trainable=True, checkpointing=False, compile=False):
     """
-    A causal LM under FSDP2: weights held in `held`, gradients and their sums in fp32, compute in `dtype`.
-    Its forward is packed_forward. Without checkpointing, gathered weights too stay for the backward pass.
+    A causal LM under FSDP2: fp32 master weights and gradients, compute in `dtype`; if frozen, all in `dtype`.
+    Its forward is packed_forward. Without checkpointing activations and gathered weights stay until backward.
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
     AttentionInterface.register("packed", packed_attention)
@@ -347,11 +346,11 @@ class Saver:
             self.reserve(tensors())
         if stop:
             self.wait()
-            verify.say(f"stopped by a signal after step {step}, which is saved: the same command goes on")
+            verify.say(f"stopped by a signal after step {step}; saved: the same command goes on from there")
         return bool(stop)
 
     def reserve(self, tensors):
-        """Takes CPU memory for copies of these tensors, in the background: a system can be slow there."""
+        """Takes CPU memory for copies of them, in the background: a system can be slow to give it."""
         self.copies = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
         self.writing = self.thread.submit(lambda: [copy.zero_() for copy in self.copies.values()])
 
@@ -377,7 +376,7 @@ class StateWriter(dcp.FileSystemWriter):
     """Writes a state beside its place, renames it when whole. What breaks on one rank, dcp raises on all."""
 
     def __init__(self, place, progress):
-        super().__init__(f"{place}.tmp", per_thread_copy_ahead=0)  # 0: it keeps off the GPUs
+        super().__init__(f"{place}.tmp", per_thread_copy_ahead=0)  # or its thread would open GPU 0
         self.place, self.progress = place, progress
 
     def finish(self, metadata, results):  # called on rank 0, when all ranks have written
@@ -394,7 +393,7 @@ def states(folder):
 
 
 def load_state(out, tensors):
-    """Reads the newest whole state into tensors(), by any number of ranks. Returns its progress, or None."""
+    """Reads the newest whole state into tensors(), by any number of ranks. Its progress; None without one."""
     found = states(Path(out, "state"))
     if not found:
         return None
@@ -434,7 +433,7 @@ def strip_flattery(tokenizer, ids):
 
 
 def trim_repeats(ids, min_block=4, max_block=500, min_repeats=3):
-    """ids without a tail that repeats: one stays of a block of 4 to 500 tokens that is there three times."""
+    """ids without a tail that repeats: a block of 4 to 500 tokens, there three times or more, stays once."""
     n = len(ids)
     for block in range(min_block, min(max_block, n // min_repeats) + 1):
         start = n - block
@@ -512,8 +511,9 @@ def read_rows(path, objective, tokenizer, phrases, max_len, no_clean, counts):
 
 def read_examples(path, objective, stage2_size, tokenizer, phrases, max_len, seed, no_clean=False):
     """
-    The stages of a run, [(objective, [Example])], and counts: of what was cleaned and dropped, of stages, of
-    "wrong -> right" tuples. path: d_revision.jsonl, for rft also responses.jsonl. No empty stage: it fails.
+    The stages of a run, [(objective, [Example])], and counts of the cleaned, dropped and kept
+    ("wrong -> right": tuples with a wrong y_init). path: d_revision.jsonl, for rft also responses.jsonl.
+    Ends the program where a stage is empty.
     """
     counts = Counter()
     rows = read_rows(path, objective, tokenizer, phrases, max_len, no_clean, counts)
@@ -541,7 +541,8 @@ def add_training_flags(parser):
     add = parser.add_argument
     add("--micro_tokens", type=natural, default=16384, help="tokens of a packed micro-batch on one rank")
     add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on cuda, float32 on cpu")
-    add("--attn", choices=("packed", "flash_attention_2"), default="packed", help="packed: of torch")
+    add("--attn", choices=("packed", "flash_attention_2"), default="packed",
+        help="packed: torch's varlen_attn")
     add("--checkpointing", type=int, choices=(0, 1), help="1 (default on cuda): recompute activations; "
         "0: keep them, and gathered weights too: faster, and larger")
     add("--compile", type=int, choices=(0, 1), help="torch.compile each block; default: 1 on cuda")
@@ -560,7 +561,7 @@ def parse_args():
     add("--stage2_size", type=natural, default=2000, help="tuples of stage 2, right y_init first")
     add("--epochs", type=natural, default=3)
     add("--batch", type=natural, default=4, help="sequences of a step, over all ranks")
-    add("--max_len", type=natural, default=32768, help="longer rows are dropped, also for the model")
+    add("--max_len", type=natural, default=32768, help="longer rows, or than the model takes, are dropped")
     add("--lr", type=positive, default=5e-6)
     add("--stage2_lr", type=positive, help="default: --lr")
     add("--weight_decay", type=within(float, 0), default=1e-4)

@@ -25,7 +25,7 @@ def family_model(request):
 
 
 def sampled_rows(tokenizer, family, problems_file, max_teacher_len=4096):
-    """Rows of phase 2 as if y_init of make_rows had just been sampled, with made-up sampler log-probabilities."""
+    """Rows of phase 2 as if y_init of make_rows had just been sampled, with made-up log-probabilities."""
     rows = []
     for row in make_rows(tokenizer, problems_file, family):
         problem, y = verify.Problem.of_row(row), row["y_init_tokens"]
@@ -35,7 +35,7 @@ def sampled_rows(tokenizer, family, problems_file, max_teacher_len=4096):
     return rows
 
 
-# ------------------------------------------------------------------------------------------------- what is read
+# ---------------------------------------------------------------------------------------------- what is read
 
 
 def test_rows_of_both_sides(family_model, problems_file):
@@ -43,11 +43,13 @@ def test_rows_of_both_sides(family_model, problems_file):
     family, folder = family_model
     tokenizer = verify.load_tokenizer(folder)
     end = tokenizer.end_ids[0]
-    for row, made in zip(sampled_rows(tokenizer, family, problems_file), make_rows(tokenizer, problems_file, family)):
+    rows, tuples = sampled_rows(tokenizer, family, problems_file), make_rows(tokenizer, problems_file, family)
+    for row, made in zip(rows, tuples, strict=True):
         assert row.y == made["y_init_tokens"] and row.y[-1] == end  # the sampler's own ids
         phrase = verify.PHRASES[family][made["y_init_correct"]]
         assert tokenizer.decode(row.seen) == tokenizer.decode(row.x) + made["y_init"] + f"\n\n{phrase}\n\n"
-        assert row.seen[:len(row.x)] == row.x and row.seen[len(row.x):len(row.x) + len(row.y) - 1] == row.y[:-1]
+        assert row.seen[:len(row.x)] == row.x
+        assert row.seen[len(row.x):len(row.x) + len(row.y) - 1] == row.y[:-1]
         assert row.seen[len(row.x):].count(end) == 0
 
 
@@ -65,10 +67,12 @@ def test_d_revision_reads_as_the_teacher_does(family_model, problems_file, tmp_p
 
 
 def test_phrases_follow_the_model_type_and_the_record(qwen, olmo, tmp_path):
-    assert verify.phrases_of(qwen) == verify.PHRASES["qwen"] and verify.phrases_of(olmo) == verify.PHRASES["olmo"]
+    assert verify.phrases_of(qwen) == verify.PHRASES["qwen"]
+    assert verify.phrases_of(olmo) == verify.PHRASES["olmo"]
     assert verify.phrases_of(olmo, verify.phrases_flag("paper")) == verify.PHRASES["paper"]
     config = json.load(open(os.path.join(qwen, "config.json")))
-    for recorded, want in (("paper", verify.PHRASES["paper"]), (["No.", "Yes."], ("No.", "Yes."))):  # a name: older ones
+    older = "paper", verify.PHRASES["paper"]  # checkpoints that recorded a name
+    for recorded, want in (older, (["No.", "Yes."], ("No.", "Yes."))):
         (tmp_path / "config.json").write_text(json.dumps({**config, "sdzero_phrases": recorded}))
         assert verify.phrases_of(str(tmp_path)) == want
 
@@ -103,11 +107,11 @@ def test_teacher_scores_after_x_y_phrase(family_model, ranks, problems_file):
             assert torch.allclose(got[t], want, atol=1e-4)
 
 
-# -------------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------------------------------- attention
 
 
 def test_packed_attention_equals_eager(family_model, ranks, problems_file):
-    """Hidden states of packed rows against transformers' eager attention, row by row; rows are longer than the window."""
+    """Hidden states of packed rows against transformers' eager attention; rows are longer than the window."""
     family, folder = family_model
     tokenizer = verify.load_tokenizer(folder)
     rows = [row.seen + row.y for row in sampled_rows(tokenizer, family, problems_file)[:6]] + [[5]]
@@ -131,11 +135,11 @@ def test_pack(ranks):
     assert len(bins) == 4 and sft.pack([], 10, ranks.device) == []
 
 
-# ------------------------------------------------------------------------------- one loss, however it is split
+# ----------------------------------------------------------------------------- one loss, however it is split
 
 
 def step_of(ranks, folder, rows, mine, budget, kind="reverse", **how):
-    """Loss, gap and whole gradients of one step in which this rank has the rows `mine`; how: the student is loaded."""
+    """Loss, gap and whole gradients of a step in which this rank has the rows `mine`; how: of load_model."""
     mesh = sft.make_mesh(ranks)
     student = sft.load_model(folder, ranks, mesh, torch.float32, **how)
     teacher = sft.load_model(folder, ranks, mesh, torch.float32, trainable=False)
@@ -155,7 +159,8 @@ def assert_same(a, b):
         assert error < 1e-5, (name, error)
 
 
-SPLITS = {"even": [[0, 1, 2, 3], [4, 5, 6, 7]], "unequal": [[0], [1, 2, 3, 4, 5, 6, 7]], "none": [[], list(range(8))]}
+SPLITS = {"even": [[0, 1, 2, 3], [4, 5, 6, 7]], "unequal": [[0], [1, 2, 3, 4, 5, 6, 7]],
+          "none": [[], list(range(8))]}
 
 
 def test_micro_batches_do_not_change_the_step(ranks, qwen, problems_file):
@@ -169,9 +174,10 @@ def test_micro_batches_do_not_change_the_step(ranks, qwen, problems_file):
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """torch.compile up to the choice of what to recompute, but without the code that only a compiler for this machine makes."""
+    """torch.compile up to the choice of what to recompute: the rest takes a compiler for this machine."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    until_then = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(torch, "compile", until_then)
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -182,7 +188,7 @@ def test_checkpointing_does_not_change_the_step(ranks, qwen, problems_file, comp
 
 
 def test_checkpointing_keeps_attention(ranks, qwen, compiler):
-    """What a GPU does, with a stand-in for its kernel: compiled, attention is not computed again for the backward pass."""
+    """What a GPU does, with a stand-in for its kernel: compiled, attention is not computed again."""
     calls = []
 
     def attend(q, k, v, *_):
@@ -220,7 +226,8 @@ def test_step_against_autograd(ranks, qwen, problems_file):
     plain = AutoModelForCausalLM.from_pretrained(qwen, attn_implementation="eager").double()
     total = 0
     for row in rows:
-        score = lambda before: plain(torch.tensor([before + row.y])).logits[0, len(before) - 1:-1].log_softmax(-1)
+        logits = lambda before: plain(torch.tensor([before + row.y])).logits[0, len(before) - 1:-1]
+        score = lambda before: logits(before).log_softmax(-1)
         s = score(row.x)
         with torch.no_grad():
             t = score(row.seen)
@@ -233,7 +240,7 @@ def test_step_against_autograd(ranks, qwen, problems_file):
 
 
 def two_process_worker(qwen, problems_file, out):
-    """Runs under torchrun with 2 processes (see the test below); the whole batch and each split on the same two ranks."""
+    """Runs under torchrun with 2 processes (see the test below); each split on the same two ranks."""
     ranks = verify.launch()
     rows = sampled_rows(verify.load_tokenizer(qwen), "qwen", problems_file)[:8]
     result = {name: step_of(ranks, qwen, rows, split[ranks.rank], budget)
@@ -250,8 +257,8 @@ def test_processes_do_not_change_the_step(ranks, qwen, problems_file, tmp_path):
            f"t.two_process_worker({qwen!r}, {str(problems_file)!r}, {str(out)!r})"
     script = tmp_path / "worker.py"
     script.write_text(code)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
-                          capture_output=True, text=True, timeout=200)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = sampled_rows(verify.load_tokenizer(qwen), "qwen", problems_file)[:8]
     alone = step_of(ranks, qwen, rows, range(8), 10**6)
@@ -259,12 +266,12 @@ def test_processes_do_not_change_the_step(ranks, qwen, problems_file, tmp_path):
         assert_same(alone, result)
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# ----------------------------------------------------------------------------------------------- checkpoints
 
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_checkpoint_gives_the_trainers_logits(ranks, tmp_path, problems_file, tie):
-    """A saved folder loads in plain transformers and gives what the trainer has, also after a step; its phrases are kept."""
+    """A saved folder loads in plain transformers and gives what the trainer has after a step, phrases too."""
     import toy
     folder = toy.tiny_qwen3(str(tmp_path / "base"), tie=tie)
     tokenizer = verify.load_tokenizer(folder)
@@ -298,7 +305,8 @@ def test_state_goes_on_bitwise(ranks, qwen, tmp_path, problems_file, monkeypatch
 
     def step(model, optimizer):
         batch = sft.make_batch(rows, ranks.device)
-        model(batch, torch.arange(len(batch.ids)), lambda hidden, head: (hidden @ head.T).square().mean()).backward()
+        everything = torch.arange(len(batch.ids))
+        model(batch, everything, lambda hidden, head: (hidden @ head.T).square().mean()).backward()
         sft.optimizer_step(model, optimizer, 1e-2, 1.0)
 
     one = fresh()
@@ -316,20 +324,24 @@ def test_state_goes_on_bitwise(ranks, qwen, tmp_path, problems_file, monkeypatch
         assert torch.equal(a.full_tensor(), b.full_tensor())
 
 
-# ------------------------------------------------------------------------------------------ sft's plan of steps
+# --------------------------------------------------------------------------------------- sft's plan of steps
 
-PLAN = ["--batch", 5, "--lr", "1e-3", "--stage2_size", 11, "--epochs", 1, "--micro_tokens", 300]  # 6 steps and 3
+# 6 steps and 3
+PLAN = ["--batch", 5, "--lr", "1e-3", "--stage2_size", 11, "--epochs", 1, "--micro_tokens", 300]
+
+
+def train(model, data, out, *more):
+    return run("sft.py", "--model", model, "--data", data, "--out", out, *PLAN, *more).stdout
 
 
 def test_going_on_at_the_border_of_two_stages(qwen, d_revision, tmp_path):
-    """From the last state of stage 1: stage 2 begins with an optimizer of its own, and ends with the same weights."""
-    start = lambda out, *more: run("sft.py", "--model", qwen, "--data", d_revision, "--out", out, *PLAN, *more).stdout
-    start(tmp_path / "whole", "--save_every", 6)
+    """From the end of stage 1: stage 2 begins with an optimizer of its own and ends with the same bits."""
+    train(qwen, d_revision, tmp_path / "whole", "--save_every", 6)
     assert sorted(os.listdir(tmp_path / "whole/state")) == ["step-000006", "step-000009"]
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
     shutil.rmtree(tmp_path / "part/final")
     shutil.rmtree(tmp_path / "part/state/step-000009")
-    said = start(tmp_path / "part", "--save_every", 6)
+    said = train(qwen, d_revision, tmp_path / "part", "--save_every", 6)
     assert "stage 1 step" not in said and "stage 2 step 1/3" in said
     rows = [[(row["step"], row["stage"], row["loss"]) for row in read(tmp_path / out / "metrics.jsonl")]
             for out in ("whole", "part")]
@@ -340,16 +352,15 @@ def test_going_on_at_the_border_of_two_stages(qwen, d_revision, tmp_path):
 
 def test_the_last_step_is_saved(qwen, d_revision, tmp_path):
     """Whatever --save_every is: a run that was killed while it wrote final/ makes no step again."""
-    start = lambda *more: run("sft.py", "--model", qwen, "--data", d_revision, "--out", tmp_path, *PLAN, *more).stdout
-    start("--save_every", 4)
+    train(qwen, d_revision, tmp_path, "--save_every", 4)
     assert sorted(os.listdir(tmp_path / "state")) == ["step-000008", "step-000009"]
     before = (tmp_path / "final/model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "final")
-    said = start("--save_every", 4)
+    said = train(qwen, d_revision, tmp_path, "--save_every", 4)
     assert "  loss " not in said and (tmp_path / "final/model.safetensors").read_bytes() == before
 
 
-# ------------------------------------------------------------------------------------------------- sft's data
+# ------------------------------------------------------------------------------------------------ sft's data
 
 QWEN = verify.PHRASES["qwen"]
 
@@ -366,7 +377,8 @@ def test_objectives_and_stages(qwen, d_revision):
     assert (one, two) == ("generation", "revision") and len(second) == 20 and len(first) == len(made) - 20
     whole = {tuple(sft.make_example(tokenizer, QWEN, row, "revision").ids): row for row in made}
     assert not any(whole[tuple(e.ids)]["y_init_correct"] for e in first)  # stage 1: wrong y_init only
-    assert sum(whole[tuple(e.ids)]["y_init_correct"] for e in second) == min(20, len(right))  # stage 2: right ones first
+    # stage 2: right ones first
+    assert sum(whole[tuple(e.ids)]["y_init_correct"] for e in second) == min(20, len(right))
     assert not {tuple(e.ids) for e in first} & {tuple(e.ids) for e in second}
     for e in first:
         row = whole[tuple(e.ids)]
@@ -387,13 +399,15 @@ def test_objectives_and_stages(qwen, d_revision):
 def test_rft_reads_responses(qwen, d_revision, tmp_path):
     """Rows of today's responses.jsonl, init and revision, and those of older ones, which have both in one."""
     tokenizer, made = verify.load_tokenizer(qwen), read(d_revision)
-    init = [{"kind": "init", **{name: row[name] for name in ("id", "problem", "answer", "y_init", "y_init_correct",
-                                                             "y_init_tokens")}} for row in made]
-    revision = [{"kind": "revision", **{name: row[name] for name in ("id", "p_r", "y_revised", "y_revised_correct",
-                                                                     "y_revised_tokens")}} for row in made]
     path = tmp_path / "responses.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for pair in zip(init, revision) for row in pair))
-    new, old = (sft.read_examples(str(file), "rft", 0, tokenizer, QWEN, 4096, seed=0) for file in (path, d_revision))
+    names = {"init": ("id", "problem", "answer"), "revision": ("id", "p_r")}
+    with open(path, "w") as f:
+        for row in made:
+            for kind, y in (("init", "y_init"), ("revision", "y_revised")):
+                kept = (*names[kind], y, f"{y}_correct", f"{y}_tokens")
+                f.write(json.dumps({"kind": kind, **{name: row[name] for name in kept}}) + "\n")
+    new, old = (sft.read_examples(str(file), "rft", 0, tokenizer, QWEN, 4096, seed=0)
+                for file in (path, d_revision))
     assert new == old and new[1]["rows read"] == len(made)
     with pytest.raises(SystemExit, match="d_revision"):
         sft.read_examples(str(path), "two-stage", 10, tokenizer, QWEN, 4096, seed=0)
@@ -414,7 +428,7 @@ def test_cleaning(qwen, tmp_path, d_revision):
     body, loop = [20, 21, 22, 23, 24], [9, 10, 11, 12]
     assert sft.trim_repeats(body + loop * 9) == body + loop
     assert sft.trim_repeats(body + loop * 2) == body + loop * 2  # twice is not a loop
-    assert sft.trim_repeats(body + loop * 5 + [9, 10]) == body + [9, 10, 11, 12]  # one copy, wherever it began
+    assert sft.trim_repeats(body + loop * 5 + [9, 10]) == body + [9, 10, 11, 12]  # one copy, from anywhere
     rows = read(d_revision)[:2]
     rows[0]["y_revised_tokens"] = body + loop * 9  # truncated in a loop: trimmed, and then it ends
     rows[1]["y_revised_tokens"] = body + [end]
@@ -439,7 +453,8 @@ class Characters:
     ("Good catch, I slipped. It is 4.", "It is 4."),
     ("The right answer is 4. Thank you for asking.", "The right answer is 4. Thank you for asking."),
     ("You are given a triangle.", "You are given a triangle."),
-    ("Good points on the circle are those with x > 0 and y", "Good points on the circle are those with x > 0 and y"),
+    ("Good points on the circle are those with x > 0 and y",
+     "Good points on the circle are those with x > 0 and y"),
 ])
 def test_flattery(text, want):
     tokenizer = Characters()
@@ -448,9 +463,10 @@ def test_flattery(text, want):
 
 
 def test_flops_by_hand():
-    """One layer, head dim 4, 2 heads, 1 kv head, hidden 8, intermediate 16, vocabulary 10; two rows of 3 and 1 tokens."""
-    config = type("C", (), dict(hidden_size=8, head_dim=4, num_attention_heads=2, num_key_value_heads=1, intermediate_size=16,
-                                vocab_size=10, num_hidden_layers=1, layer_types=None, sliding_window=None))
+    """One layer, head dim 4, 2 heads, 1 kv head, hidden 8, intermediate 16, vocabulary 10; rows of 3, 1."""
+    config = type("C", (), dict(hidden_size=8, head_dim=4, num_attention_heads=2, num_key_value_heads=1,
+                                intermediate_size=16, vocab_size=10, num_hidden_layers=1, layer_types=None,
+                                sliding_window=None))
     weights = 8 * 8 + 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16
     pairs = 6 + 1
     assert sft.forward_flops(config, [3, 1], 2) == 2 * weights * 4 + 4 * 4 * 2 * pairs + 2 * 2 * 8 * 10
@@ -460,7 +476,8 @@ def test_flops_by_hand():
 
 def test_step_problems_cover_each_epoch():
     seen = [i for step in range(5) for i in distill.step_problems(step, 4, 10, seed=3)]
-    assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+    assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
 
 
 def test_learning_rate_factor():
@@ -479,13 +496,15 @@ def test_the_best_checkpoints_stay(ranks, tmp_path):
         best = distill.keep_best(str(tmp_path), best, step, accuracy, lambda path: os.makedirs(path))
     assert best == [[0.5, 1], [0.5, 4], [0.3, 2]]
     assert sorted(os.listdir(tmp_path / "best")) == ["step-000001", "step-000002", "step-000004"]
-    os.rename(tmp_path / "best/step-000002", tmp_path / "best/step-000007")  # a run went on to 7 and was killed; its state is older
-    assert distill.keep_best(str(tmp_path), best, 5, 0.1, lambda path: os.makedirs(path)) == [[0.5, 1], [0.5, 4], [0.1, 5]]
+    # a run went on to 7 and was killed; its state is older
+    os.rename(tmp_path / "best/step-000002", tmp_path / "best/step-000007")
+    best = distill.keep_best(str(tmp_path), best, 5, 0.1, lambda path: os.makedirs(path))
+    assert best == [[0.5, 1], [0.5, 4], [0.1, 5]]
     assert sorted(os.listdir(tmp_path / "best")) == ["step-000001", "step-000004", "step-000005"]
 
 
 def test_the_teacher_does_not_train(qwen, ranks):
-    """No dropout, no gradients (in a fresh model, and after a copy of the student); the copy's head is the one returned."""
+    """No dropout, no gradients (in a fresh model and a copy of the student); the copy's head is returned."""
     student = sft.load_model(qwen, ranks, sft.make_mesh(ranks), torch.float32)
     teacher = sft.load_model(qwen, ranks, sft.make_mesh(ranks), torch.float32, trainable=False)
     with torch.no_grad():
@@ -495,4 +514,5 @@ def test_the_teacher_does_not_train(qwen, ranks):
     head = distill.whole_head(teacher, torch.float32)
     assert student.training and not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     assert torch.equal(head, student.get_output_embeddings().weight.full_tensor())
-    assert all(torch.equal(a.full_tensor(), b.full_tensor()) for a, b in zip(student.parameters(), teacher.parameters()))
+    for a, b in zip(student.parameters(), teacher.parameters(), strict=True):
+        assert torch.equal(a.full_tensor(), b.full_tensor())
