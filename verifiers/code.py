@@ -186,10 +186,10 @@ OUTPUT_BYTES, TMPFS_BYTES = 64 << 20, 128 << 20  # of any one file, of which the
 BUBBLEWRAP = f"""
     --unshare-all --unshare-user --disable-userns --cap-drop ALL --uid 65534 --gid 65534 --hostname sandbox
     --die-with-parent --new-session --as-pid-1 --clearenv --setenv PATH {PATH} --setenv LANG C.UTF-8
-    --proc /proc --dev /dev --remount-ro /dev --size {TMPFS_BYTES} --tmpfs /tmp --chdir /tmp
-    --ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/lib /lib --symlink usr/lib64 /lib64
+    --proc /proc --dev /dev --remount-ro /dev --size {TMPFS_BYTES} --tmpfs /tmp --setenv HOME /tmp
+    --ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/lib /lib --symlink usr/lib64 /lib64 --chdir /tmp
     --ro-bind-try /etc/ld.so.cache /etc/ld.so.cache --ro-bind-try /etc/alternatives /etc/alternatives
-    {" ".join(f"--ro-bind {path} {path}" for path in glob.glob("/etc/java-*"))} --setenv HOME /tmp --remount-ro /""".split()
+    {" ".join(f"--ro-bind {path} {path}" for path in glob.glob("/etc/java-*"))} --remount-ro /""".split()
 # By machine: its architecture's number; forbidden calls; socket and socketpair. Forbidden are those that keep
 # memory which no process maps, where the memory limit does not see it (memfd_create, shmget, msgget, semget,
 # mq_open, add_key, request_key, keyctl, memfd_secret), and doors that kernel bugs tend to have (bpf,
@@ -285,8 +285,8 @@ def check(limits):
     if not limits["sandbox"]:
         return
     tools = [shutil.which("bwrap"), shutil.which("prlimit", path=PATH), shutil.which("python3", path=PATH)]
-    why = (f"bubblewrap is installed but makes no sandbox here; it must be 0.8 or newer, on {' or '.join(CALLS)}, "
-           "with user namespaces allowed (sysctl kernel.apparmor_restrict_unprivileged_userns=0; in a container "
+    why = (f"bubblewrap makes no sandbox here; it must be 0.8 or newer, on {' or '.join(CALLS)}, and may need "
+           "user namespaces allowed (sysctl kernel.apparmor_restrict_unprivileged_userns=0; in a container "
            "docker run --security-opt seccomp=unconfined --security-opt systempaths=unconfined)")
     if not all(tools):
         why = "it needs bubblewrap, prlimit and python3: apt-get install bubblewrap util-linux python3"
