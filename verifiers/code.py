@@ -285,8 +285,8 @@ def check(limits):
     if not limits["sandbox"]:
         return
     tools = [shutil.which("bwrap"), shutil.which("prlimit", path=PATH), shutil.which("python3", path=PATH)]
-    why = (f"bubblewrap makes no sandbox here; it must be 0.8 or newer, on {' or '.join(CALLS)}, and may need "
-           "user namespaces allowed (sysctl kernel.apparmor_restrict_unprivileged_userns=0; in a container "
+    why = (f"bubblewrap makes no sandbox here; it must be 0.8 or newer, on {' or '.join(CALLS)}, and may "
+           "need user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0; in a container "
            "docker run --security-opt seccomp=unconfined --security-opt systempaths=unconfined)")
     if not all(tools):
         why = "it needs bubblewrap, prlimit and python3: apt-get install bubblewrap util-linux python3"
