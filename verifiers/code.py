@@ -51,8 +51,7 @@ def gold(row):
     seconds = min(seconds, 60.0) if isinstance(seconds, (int, float)) and seconds > 0 else None
     if not isinstance(tolerance, (int, float)):
         text = " ".join(str(row.get(name)) for name in ("problem", "question", "prompt", "output_format"))
-        stated = r"(absolute|relative)[^.]{0,40}error[^.]{0,80}?(10 *\^ *\{? *[-−–] *|1e-)(\d+)"
-        error = re.search(stated, text)
+        error = re.search(r"(absolute|relative)[^.]{,40}error[^.]{,80}?(10 *\^ *\{? *[-−–] *|1e-)(\d+)", text)
         tolerance = 10.0 ** -int(error[3]) if error else None
     tests = {"cases": cases, "entry_point": entry, "seconds": seconds, "tolerance": tolerance}
     return (tests, None) if cases else (None, why)
@@ -104,8 +103,8 @@ LANGUAGES = (
 )
 COMPILE_SECONDS, ALL_TESTS = 20.0, 20  # all tests of a program may take so many times the limit of one
 # A fenced block: its language and the lines until the next fence, which must be a bare one.
-BLOCK = re.compile(r"^[ \t]*```[ \t]*([^\s`]+)[^`\n]*\n((?:(?![ \t]*```).*\n)*)[ \t]*```[ \t]*$", re.M)
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?")
+BLOCK = re.compile(r"^[ \t]*```[ \t]*([^\s`]+)(?=\s)[^`\n]*\n((?:(?![ \t]*```).*\n)*)[ \t]*```[ \t]*$", re.M)
+NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d{1,3})?")
 # Calls a function on a test's arguments. Its result has a descriptor of its own, where nothing printed goes.
 DRIVER = f"""import json, os, sys
 out = os.dup(1)
@@ -186,30 +185,33 @@ OUTPUT_BYTES, TMPFS_BYTES = 64 << 20, 128 << 20  # of any one file, of which the
 BUBBLEWRAP = f"""
     --unshare-all --unshare-user --disable-userns --cap-drop ALL --uid 65534 --gid 65534 --hostname sandbox
     --die-with-parent --new-session --as-pid-1 --clearenv --setenv PATH {PATH} --setenv LANG C.UTF-8
-    --proc /proc --dev /dev --remount-ro /dev --size {TMPFS_BYTES} --tmpfs /tmp --setenv HOME /tmp
     --ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/lib /lib --symlink usr/lib64 /lib64 --chdir /tmp
     --ro-bind-try /etc/ld.so.cache /etc/ld.so.cache --ro-bind-try /etc/alternatives /etc/alternatives
-    {" ".join(f"--ro-bind {path} {path}" for path in glob.glob("/etc/java-*"))} --remount-ro /""".split()
-# By machine: its architecture's number; forbidden calls; socket and socketpair. Forbidden are those that keep
-# memory which no process maps, where the memory limit does not see it (memfd_create, shmget, msgget, semget,
-# mq_open, add_key, request_key, keyctl, memfd_secret), and doors that kernel bugs tend to have (bpf,
+    {" ".join(f"--ro-bind {path} {path}" for path in glob.glob("/etc/java-*"))} --setenv HOME /tmp
+    --proc /proc --dev /dev --ro-bind /dev/null /dev/zero --remount-ro /dev
+    --size {TMPFS_BYTES} --tmpfs /tmp --remount-ro /""".split()
+# By machine: its number in ELF; forbidden calls; mmap; socket and socketpair. Forbidden are those that keep
+# memory which no process maps, where no limit sees it (memfd_create, shmget, msgget, semget, mq_open,
+# add_key, request_key, keyctl, memfd_secret, vmsplice), and doors that kernel bugs tend to have (bpf,
 # perf_event_open, userfaultfd, io_uring_setup).
 CALLS = {
-    "x86_64": (0xC000003E, (319, 29, 68, 64, 240, 248, 249, 250, 447, 321, 298, 323, 425), (41, 53)),
-    "aarch64": (0xC00000B7, (279, 194, 186, 190, 180, 217, 218, 219, 447, 280, 241, 282, 425), (198, 199)),
+    "x86_64": (62, (319, 29, 68, 64, 240, 248, 249, 250, 447, 278, 321, 298, 323, 425), 9, (41, 53)),
+    "aarch64": (183, (279, 194, 186, 190, 180, 217, 218, 219, 447, 75, 280, 241, 282, 425), 222, (198, 199)),
 }
 FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK: AF_VSOCK is of no network namespace
 
 
 def seccomp_filter():
     """A BPF program: forbidden calls, those of other architectures, and other sockets fail with EPERM."""
-    architecture, forbidden, sockets = CALLS[os.uname().machine]
-    load, equal, at_least = 0x20, 0x15, 0x35  # what a step does; next, steps to skip if so, and if not
+    machine, forbidden, mmap, sockets = CALLS[os.uname().machine]
+    load, mask, equal, at_least = 0x20, 0x54, 0x15, 0x35  # and, after these, steps to skip: if so, if not
     allow, refuse = (0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050001)
-    program = [(load, 0, 0, 4), (equal, 1, 0, architecture), refuse]  # another is 32-bit x86, or Arm
+    program = [(load, 0, 0, 4), (equal, 1, 0, 0xC0000000 | machine), refuse]  # another is 32-bit x86, or Arm
     program += [(load, 0, 0, 0), (at_least, 0, 1, 1 << 30), refuse]  # from here on the calls are of x32
     for number in forbidden:
         program += [(equal, 0, 1, number), refuse]
+    # Memory with MAP_SHARED and MAP_ANONYMOUS can be kept while it is resident in no process.
+    program += [(equal, 0, 5, mmap), (load, 0, 0, 40), (mask, 0, 0, 0x21), (equal, 0, 1, 0x21), refuse, allow]
     program += [(equal, 2, 0, sockets[0]), (equal, 1, 0, sockets[1]), allow]
     program += [(load, 0, 0, 16)]  # the first argument, a family: 32 bits of it, as the kernel takes it
     for family in FAMILIES:
@@ -221,11 +223,11 @@ def run_program(shell, files, stdin, limits, seconds, processes=16):
     """
     Runs a shell line over files ({name: bytes}) in a sandbox of its own. Returns, when all its processes are
     gone, 'ok', 'timeout' or 'wrong' (another exit status than 0, too much memory), and its output (bytes).
-    Raises RuntimeError where the sandbox does not start.
 
     Limits: `seconds` of wall time and of CPU per process; `processes`, with threads; limits["memory"] GiB of
     resident memory for all (looked at every 5 ms) and, up to 32 processes, of address space for each; the
     size of files, the output among them, and of the tmpfs. limits["sandbox"] False: no protection but these.
+    Raises RuntimeError where the sandbox does not start.
     """
     memory, sandbox = int(limits["memory"] * 2**30), limits["sandbox"]
     bounds = (f"--core=0 --nofile=256 --fsize={OUTPUT_BYTES} --cpu={int(seconds) + 2} --stack={memory // 4}"
@@ -236,7 +238,6 @@ def run_program(shell, files, stdin, limits, seconds, processes=16):
             stack.callback(os.close, descriptor)
             os.pwrite(descriptor, data, 0)
             return descriptor
-
         given, output, info = in_memory(stdin.encode("utf-8", "replace")), in_memory(b""), in_memory(b"")
         inside = {name: in_memory(data) for name, data in files.items()}
         if sandbox:
@@ -285,16 +286,15 @@ def check(limits):
     if not limits["sandbox"]:
         return
     tools = [shutil.which("bwrap"), shutil.which("prlimit", path=PATH), shutil.which("python3", path=PATH)]
-    why = (f"bubblewrap makes no sandbox here; it must be 0.8 or newer, on {' or '.join(CALLS)}, and may "
-           "need user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0; in a container "
-           "docker run --security-opt seccomp=unconfined --security-opt systempaths=unconfined)")
-    if not all(tools):
-        why = "it needs bubblewrap, prlimit and python3: apt-get install bubblewrap util-linux python3"
-    else:
+    why = "it needs bubblewrap, prlimit and python3: apt-get install bubblewrap util-linux python3"
+    if all(tools):
         with contextlib.suppress(RuntimeError):
             if os.uname().machine in CALLS and run_program("cat", {}, "ok", limits, 10.0) == ("ok", b"ok"):
                 if os.environ.get("RANK", "0") == "0" and not shutil.which("g++", path=PATH):
                     print("note: no g++ here, so no program in C++ counts; apt-get install g++", flush=True)
                 return
+        why = (f"bubblewrap makes no sandbox here; it must be 0.8 or newer, on {' or '.join(CALLS)}, and may "
+               "need user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0; docker run "
+               "--security-opt seccomp=unconfined --security-opt systempaths=unconfined)")
     raise SystemExit(f"error: --mode code: {why}; "
                      "--unsafe_no_sandbox would run model-written programs WITH ALL YOUR RIGHTS")
