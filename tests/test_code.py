@@ -680,6 +680,21 @@ def test_the_pool_goes_on_after_attacks(pool):
     assert sandbox_processes() == []
 
 
+@sandboxed
+def test_a_worker_that_is_stopped_at_any_moment_leaves_nothing():
+    """Also while bubblewrap sets up, where its child, not yet bound to die with it, would live on alone."""
+    request = json.dumps([60, "judge", [ADD, fenced("while True: pass"), LIMITS]]) + "\n"
+    with verify.Judge("code", workers=1) as judge:
+        for moment in range(0, 32, 2):
+            worker = judge.start()
+            judge.read(worker, 60)  # it is ready
+            worker.stdin.write(request.encode())
+            worker.stdin.flush()
+            time.sleep(moment / 1000)
+            judge.stop(worker)
+            nothing_is_left(seconds=5)
+
+
 # ---------------------------------------------------------------------------------------------------- sockets
 # No network namespace shuts AF_VSOCK, and families that nobody needs (AF_ALG, AF_PACKET, AF_BLUETOOTH, ...)
 # lead to drivers with faults: they fail with EPERM, whether or not the kernel knows them.
