@@ -204,13 +204,13 @@ FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK: AF_VSOCK is
 def seccomp_filter():
     """A BPF program: forbidden calls, those of other architectures, and other sockets fail with EPERM."""
     machine, forbidden, mmap, sockets = CALLS[os.uname().machine]
-    load, mask, equal, at_least = 0x20, 0x54, 0x15, 0x35  # and, after these, steps to skip: if so, if not
+    load, mask, equal, at_least = 0x20, 0x54, 0x15, 0x35  # operations; then steps to skip: if so, if not
     allow, refuse = (0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050001)
     program = [(load, 0, 0, 4), (equal, 1, 0, 0xC0000000 | machine), refuse]  # another is 32-bit x86, or Arm
     program += [(load, 0, 0, 0), (at_least, 0, 1, 1 << 30), refuse]  # from here on the calls are of x32
     for number in forbidden:
         program += [(equal, 0, 1, number), refuse]
-    # Memory with MAP_SHARED and MAP_ANONYMOUS can be kept while it is resident in no process.
+    # Memory with MAP_SHARED and MAP_ANONYMOUS, or of /dev/zero, can be kept while resident in no process.
     program += [(equal, 0, 5, mmap), (load, 0, 0, 40), (mask, 0, 0, 0x21), (equal, 0, 1, 0x21), refuse, allow]
     program += [(equal, 2, 0, sockets[0]), (equal, 1, 0, sockets[1]), allow]
     program += [(load, 0, 0, 16)]  # the first argument, a family: 32 bits of it, as the kernel takes it
