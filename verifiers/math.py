@@ -27,17 +27,20 @@ SPELLINGS = [(re.compile(a), b) for a, b in (  # in this order; words and units 
     (r"(?<=\d)(?:\{,\}|,?\\[,!] ?|\\ |~)(?=\d{3}(?!\d))", ""),  # 10{,}000 10,\!000 10\,000
     (r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d)\]}]|,\d)", lambda m: m[0].replace(",", "")),  # 10,000, not (10,000)
     (r"(?<!\\)\\(?:[,;:! ]|q?quad(?![a-z]))|[~\s]+", " "), (r"\+ ?\\infty", r"\\infty "),
-    (r"(\\(?:[dt]?frac|binom|sqrt(?: ?\[\w+\])?)) ?(\w|\\pi)", r"\1{\2}"),  # \frac12 \binom 5 2 \sqrt[3] 2
+    (r"(\\(?:[dt]?frac|binom|log_|sqrt(?: ?\[\w+\])?)) ?(\w|\\pi)", r"\1{\2}"),  # \frac12 \log_2 3 \sqrt[3] 2
     (r"(\\(?:[dt]?frac|binom) ?\{(?:[^{}]|\{[^{}]*\})*\}) ?(\w|\\pi)", r"\1{\2}"),  # \frac{1}2
     (r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)", r"\1 \\cdot 10^{\2}"),  # 4.5e33
     (r"(?<![\d.])(\d*)\.(\d+)(?![\d.])", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}"),  # 0.5, exactly
     (r"\^ ?\{? ?\\circ ?\}?|\\degree(?![a-z])", r"\\text{degree}"), (r"\\?%", r"\\text{percent}"),
     (r"(?<=\d)_ ?\{? ?(\d+) ?\}?", r"\\text{base \1}"), (r"'|\^ ?\{?\\prime ?\}?", "_{prime}"),  # 101_2 y'
-    (r"\\(?:operatorname\*?|text\w*|math(?:rm|bf|it)|mbox) ?(?=\{)", r"\\text"), (r"\\text\{([^A-Za-z{}]*)\}", r"\1"),
+    (r"\\(?:operatorname\*?|text\w*|math(?:rm|bf|it)|mbox) ?(?=\{)", r"\\text"), 
+    (r"\\text\{([^A-Za-z{}(]+)", r"\1\\text{"), (r"\\text\{ *\}", ""),  # \text{5} \text{4:30 p.m.}
     (r"∅|\\varnothing|\\emptyset|\\\{ ?\\\}", r"\\text{empty}"), (r"_ ?\{? ?\\(?:text ?\{)?(\w+)\}? ?\}?", r"_{\1}"),
     (r"(?<=[\d}]) ?((?:[cmk]m|kg|ft|mph|[a-z]{4,})(?:[ /][a-z]+)*)(?=[.,;\^ ]|$)", r"\\text{\1}"),  # 5 cm, 12 apples
-    (r",? ?\\text\{ ?(?:and|or) ?\}|(?<![\\A-Za-z{])(?:and|or)(?![A-Za-z])", ","), (r"^ ?\w ?\\in(?![a-z])", ""),
-    (r"(^|,) *(\w[A-Za-z .'-]{1,80})(?=,|$)", r"\1\\text{\2}"), (r"^ *\\text\{[( ]*(\w)[). ]*\}$", r"\1"),  # no, \text{K}
+    (r"(?<![\\A-Za-z])([eE])_\{?(\w+)\}?", r"X_{\1\2}"), (r"\\gamma(?![a-z])", " X_{gamma} "),  # not the numbers
+    (r",? *\\text\{ ?(?:and|or) ?\}|(?<![\\A-Za-z{])(?:and|or)(?![A-Za-z])", ","), (r"^ ?\w ?\\in(?![a-z])", ""),
+    (r"(^|,) *([A-Za-z][A-Za-z .'-]{0,79}[A-Za-z])(?=[ .]*(?:,|$))", r"\1\\text{\2}"), (r"^ *\\text\{[( ]*(\w)[). ]*\}$", r"\1"),  # no, \text{K}
+    (r"^[^():]+(?::[^():]+)+$", lambda m: f"({m[0].replace(':', ',')})"),  # 3:4
     (r"^ ?(\w) ?= ?([^,=]+), ?(?!\1)(\w) ?= ?([^,=]+)$", lambda m:  # y = 2, x = 1
      "({},{})=({},{})".format(*sorted(m.group(1, 3)), *(m.group(2, 4) if m[1] < m[3] else m.group(4, 2)))),
 )]
@@ -46,7 +49,7 @@ NAME = re.compile(r"(\|?(?:\\angle )?(?:\\text\{[^{}]*\}|\\?[A-Za-z]+)(?:_\{\w+ 
 BRACKETS = re.compile(r"([(\[])((?!.*\\c[au]p).*[,;].*)([)\]])")  # of a tuple or interval
 MEASURED = re.compile(r"((?:\\text\{dollar\})?)((?:(?!\\text).)*?)((?:[ /]*\\text\{[^{}]*\}(?:\^\{?-?\d\}?)?)*)")
 NO_UNIT = re.compile(r"\\text|[{}()^. ]|(?<=[a-z]{2})s(?![a-z])")  # what makes no difference in words and units
-NO_VALUE = re.compile(r"[\d^+*/] ?\{?\\infty|\\infty ?[\^+*/-]|[;\"?@#.]|:.*:|\d +\d|[^\x00-\x7f]|(?<![\\\w{])[A-Za-z]{4}")
+NO_VALUE = re.compile(r"[\d^+*/] ?\{?\\infty|\\infty ?[\^+*/-]|[;:\"?@#.]|\d +\d|[^\x00-\x7f]|(?<![\\\w{])[A-Za-z]{4}")
 
 
 def gold(row):
@@ -98,9 +101,10 @@ def same(gold, answer):
     """Whether a tidied answer is right to a gold one. Raises one of UNREADABLE where they cannot be read."""
     golds, answers = split(gold), split(answer)
     if len(golds) != 1 or len(answers) != 1:  # lists and sets, in any order
+        names = [{m[1] for m in map(NAME.fullmatch, parts) if m} for parts in (golds, answers)]
         for part in golds:
             answers.remove(next((a for a in answers if same(part, a)), None))  # ValueError if there is none
-        return not answers
+        return not answers and (len(names[0]) < 2 or names[0] == names[1])  # of x = 2, y = 3 none may be missing
     gold, answer = golds + answers
     g, a = NAME.fullmatch(gold), NAME.fullmatch(answer)
     if (g and a and g[1] == a[1]) or (g and "=" not in answer) or (a and "=" not in gold):  # else it may be missing
@@ -113,9 +117,9 @@ def same(gold, answer):
     unit, other = (NO_UNIT.sub("", (m[1] + m[3]).lower()) for m in (g, a))
     if not g[2] or not a[2]:  # text
         return unit == other != "nan" and g[2] == a[2]
-    if ("=" in gold) != ("=" in answer) or (unit and other and unit != other):
-        return False
     e, f = value(g[2]), value(a[2])
+    if e.free_symbols != f.free_symbols or ("=" in gold) != ("=" in answer) or (unit and other and unit != other):
+        return False
     if unit != other and "percent" in (unit, other):  # 50 % is 0.5, and 50
         return equal(e, 100 * f if unit else f / 100) or bool(e > 1 and equal(e, f))
     return equal(e, f)
@@ -139,12 +143,14 @@ def value(text):
         read = latex2sympy(text, normalization_config=None, conversion_config=CASED)
     except Exception as e:  # its grammar raises bare Exceptions
         raise (e if isinstance(e, MemoryError) else ValueError(f"no value: {text[:40]}")) from e
-    read = read.xreplace({sympy.Symbol("i"): sympy.I})
-    if isinstance(read, sympy.Eq):  # an expression that is the same for any multiple of the equation
+    functions = {f: sympy.Symbol(str(f)) for f in read.atoms(sympy.core.function.AppliedUndef)}  # f(x)
+    read = read.xreplace(functions | {sympy.Symbol("i"): sympy.I})
+    if isinstance(read, sympy.Eq):  # an expression that is the same for any multiple of the equation, nan if always true
         zero = read.lhs - read.rhs
-        read = zero / zero.xreplace({s: sympy.Symbol(f"{s} elsewhere") for s in zero.free_symbols})
-    if read in (sympy.true, sympy.false) or ("=" in text and not read.free_symbols):
-        raise ValueError(f"true or false, whatever the unknowns: {text[:40]}")
+        elsewhere = {s: sympy.Symbol(f"{s} elsewhere") for s in zero.free_symbols}
+        read = zero / zero.xreplace(elsewhere) if elsewhere and not equal(zero, sympy.S.Zero) else sympy.nan
+    if read in (sympy.true, sympy.false) or read.has(sympy.nan, sympy.zoo):
+        raise ValueError(f"no value: {text[:40]}")
     return read.doit() if isinstance(read, sympy.Expr) and not read.free_symbols else read
 
 
@@ -153,10 +159,11 @@ def equal(e, f):
     told = 0
     for scale in (7, -71, 500) if isinstance(e, sympy.Expr) and isinstance(f, sympy.Expr) else ():
         at = {s: sympy.Rational(random.Random(f"{s} {scale}").randint(100, 999), scale) for s in (e - f).free_symbols}
+        difference = (e - f).subs(at)
         try:
-            difference = (e - f).subs(at).evalf(2, strict=True)
+            difference = difference.evalf(2, strict=True)
         except PrecisionExhausted:  # zero, as far as 100 digits can tell
-            difference = sympy.Integer(0)
+            difference = sympy.S.Zero if abs(difference.evalf(2)) < 1e-80 else sympy.nan
         if difference.is_finite and difference != 0:
             return False
         told += difference == 0
