@@ -1,8 +1,8 @@
 r"""
 How a mathematical answer is judged: the inside of a response's last \boxed{} against the gold answer.
 
-Lists, names (`x =`), brackets and units are taken apart here; math-verify's parser reads the rest. Values are equal if
-they agree at three points; what has no value there (a set, an inequality) is left to math-verify's comparison.
+Lists, names (`x =`), brackets and units are taken apart here; math-verify's parser reads the rest. Values are
+equal if they agree at three points; what has no value there (a set, an inequality) math-verify compares.
 """
 import functools
 import random
@@ -12,48 +12,46 @@ import sys
 import math_verify
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
-from sympy.core.evalf import PrecisionExhausted
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-# What sympy and the reading raise for what they cannot take. MemoryError is not among them: it ends the worker.
-UNREADABLE = (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, NotImplementedError, LookupError)
 CASED = ConversionConfig(lowercase_symbols=False)
+# What sympy and the reading raise for what they cannot take, but for MemoryError, which ends the worker.
+UNREADABLE = (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, NotImplementedError)
 sys.set_int_max_str_digits(20_000)
 
 SPELLINGS = [(re.compile(a), b) for a, b in (  # in this order; words and units come into \text{}
-    ("−|–", "-"), ("π", r"\\pi "), ("√", r"\\sqrt "), ("∞", r"\\infty "), ("°", r"^\\circ "), ("×", r"\\times "),
+    ("−", "-"), ("π", r"\\pi "), ("√", r"\\sqrt "), ("∞", r"\\infty "), ("°", r"^\\circ "), ("×", r"\\times "),
     (r"\\[()\[\]]|\\(?:left|right|displaystyle|boldsymbol|underline)(?![a-z])", ""),  # \( \left(
     (r"\\\$|(?<!\\)\$(?=\s*\d[^$]*$)", r"\\text{dollar}"), (r"\$", ""),  # \$5 and $5 are money, $x$ is not
     (r"(?<=\d)(?:\{,\}|,?\\[,!] ?|\\ |~)(?=\d{3}(?!\d))", ""),  # 10{,}000 10,\!000 10\,000
-    (r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d)\]}]|,\d)", lambda m: m[0].replace(",", "")),  # 10,000, not (10,000)
-    (r"(?<!\\)\\(?:[,;:! ]|q?quad(?![a-z]))|[~\s]+", " "), (r"\+ ?\\infty", r"\\infty "),
+    (r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d)\]}]|,\d)", lambda m: m[0].replace(",", "")),  # not (10,000)
+    (r"(?<!\\)\\(?:[,;:! ]|q?quad(?![a-z]))|[~\s]+", " "), (r"\+ ?\\infty", r"\\infty "),  # 2\,x +\infty
     (r"(\\(?:[dt]?frac|binom|log_|sqrt(?: ?\[\w+\])?)) ?(\w|\\pi)", r"\1{\2}"),  # \frac12 \log_2 3 \sqrt[3] 2
     (r"(\\(?:[dt]?frac|binom) ?\{(?:[^{}]|\{[^{}]*\})*\}) ?(\w|\\pi)", r"\1{\2}"),  # \frac{1}2
     (r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)", r"\1 \\cdot 10^{\2}"),  # 4.5e33
-    (r"(?<![\d.])(\d*)\.(\d+)(?![\d.])", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}"),  # 0.5, exactly
+    (r"(?<![\d.])(\d*)\.(\d+)(?![\d.])", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}"),  # 0.5
     (r"\^ ?\{? ?\\circ ?\}?|\\degree(?![a-z])", r"\\text{degree}"), (r"\\?%", r"\\text{percent}"),
     (r"(?<=\d)_ ?\{? ?(\d+) ?\}?", r"\\text{base \1}"), (r"'|\^ ?\{?\\prime ?\}?", "_{prime}"),  # 101_2 y'
-    (r"\\(?:operatorname\*?|text\w*|math(?:rm|bf|it)|mbox) ?(?=\{)", r"\\text"), 
+    (r"\\(?:operatorname\*?|text\w*|math(?:rm|bf|it)|mbox) ?(?=\{)", r"\\text"),
     (r"\\text\{([^A-Za-z{}(]+)", r"\1\\text{"), (r"\\text\{ *\}", ""),  # \text{5} \text{4:30 p.m.}
-    (r"∅|\\varnothing|\\emptyset|\\\{ ?\\\}", r"\\text{empty}"), (r"_ ?\{? ?\\(?:text ?\{)?(\w+)\}? ?\}?", r"_{\1}"),
-    (r"(?<=[\d}]) ?((?:[cmk]m|kg|ft|mph|[a-z]{4,})(?:[ /][a-z]+)*)(?=[.,;\^ ]|$)", r"\\text{\1}"),  # 5 cm, 12 apples
-    (r"(?<![\\A-Za-z])([eE])_\{?(\w+)\}?", r"X_{\1\2}"), (r"\\gamma(?![a-z])", " X_{gamma} "),  # not the numbers
-    (r",? *\\text\{ ?(?:and|or) ?\}|(?<![\\A-Za-z{])(?:and|or)(?![A-Za-z])", ","), (r"^ ?\w ?\\in(?![a-z])", ""),
-    (r"(^|,) *([A-Za-z][A-Za-z .'-]{0,79}[A-Za-z])(?=[ .]*(?:,|$))", r"\1\\text{\2}"), (r"^ *\\text\{[( ]*(\w)[). ]*\}$", r"\1"),  # no, \text{K}
-    (r"^[^():]+(?::[^():]+)+$", lambda m: f"({m[0].replace(':', ',')})"),  # 3:4
-    (r"^ ?(\w) ?= ?([^,=]+), ?(?!\1)(\w) ?= ?([^,=]+)$", lambda m:  # y = 2, x = 1
-     "({},{})=({},{})".format(*sorted(m.group(1, 3)), *(m.group(2, 4) if m[1] < m[3] else m.group(4, 2)))),
-)]
+    (r"_ ?\{? ?\\(?:text ?\{)?(\w+)\}? ?\}?", r"_{\1}"), (r"^ ?\w ?\\in(?![a-z])", ""),  # x_{\max} x \in [0, 1]
+    (r"∅|\\varnothing|\\emptyset|\\\{ ?\\\}", r"\\text{empty}"), (r"^ *\\text\{[( ]*(\w)[). ]*\}$", r"\1"),
+    (r"(?<=[\d}]) ?((?:[cmk]m|kg|ft|mph|[a-z]{4,})(?:[ /][a-z]+)*)(?=[.,;\^ ]|$)", r"\\text{\1}"),  # 5 cm
+    (r",? *\\text\{ ?(?:and|or) ?\}|(?<![\\A-Za-z{])(?:and|or)(?![A-Za-z])", ","),  # 2 or 3
+    (r"(^|,) *([A-Za-z][A-Za-z .'-]{0,79}[A-Za-z])(?=[ .]*(?:,|$))", r"\1\\text{\2}"),  # yes
+    (r"^[^():]+:[^()]+$", lambda m: f"({m[0].replace(':', ',')})"),  # 3:4
+    (r"^ ?(\w) ?= ?([^,=]+), ?(?!\1)(\w) ?= ?([^,=]+)$", lambda m:  # y = 2, x = 1 as (x, y) = (1, 2)
+     "({},{})=({},{})".format(*sorted(m.group(1, 3)), *(m.group(2, 4) if m[1] < m[3] else m.group(4, 2)))))]
 NAME = re.compile(r"(\|?(?:\\angle )?(?:\\text\{[^{}]*\}|\\?[A-Za-z]+)(?:_\{\w+ ?\}|_\w)*(?:\([^()]{1,9}\))?\|?|"
-                  r"\([A-Za-z](?:, ?[A-Za-z])+\)) ?(?:=|\\approx) ?([^=]+)")  # x_1 = 3, f(x) =, |AB| =, (x, y) =
+                  r"\([A-Za-z](?:, ?[A-Za-z])+\)) ?(?:=|\\approx) ?([^=]+)")  # x_1 = |AB| = f(x) = (x, y) =
 BRACKETS = re.compile(r"([(\[])((?!.*\\c[au]p).*[,;].*)([)\]])")  # of a tuple or interval
-MEASURED = re.compile(r"((?:\\text\{dollar\})?)((?:(?!\\text).)*?)((?:[ /]*\\text\{[^{}]*\}(?:\^\{?-?\d\}?)?)*)")
-NO_UNIT = re.compile(r"\\text|[{}()^. ]|(?<=[a-z]{2})s(?![a-z])")  # what makes no difference in words and units
-NO_VALUE = re.compile(r"[\d^+*/] ?\{?\\infty|\\infty ?[\^+*/-]|[;:\"?@#.]|\d +\d|[^\x00-\x7f]|(?<![\\\w{])[A-Za-z]{4}")
+NO_VALUE = r"[\d^+*/] ?\{?\\infty|\\infty ?[\^+*/-]|[;:\"?@#.]|\d +\d|[^\x00-\x7f]|(?<![\\A-Za-z{])[A-Za-z]{4}"
+MEASURED = re.compile(rf"((?:\\text\{{dollar\}})?)((?:(?!\\text|{NO_VALUE}).)*?)"
+                      r"((?:[ /]*\\text\{[^{}]*\}(?:\^\{?-?\d\}?)?)*)")
 
 
 def gold(row):
-    """(gold answer, None) of a row of a data set, whatever its fields are called, or (None, why it has none)."""
+    """(gold answer, None) of a row, whatever its fields are called, or (None, why there is none)."""
     for name in ("answer", "final_answer", "solution", "output"):
         value = row.get(name)
         text = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
@@ -86,7 +84,7 @@ def judge(gold, response, limits):
 
 
 def last_boxed(text):
-    """The inside of the last complete \\boxed{} or \\fbox{} (braces balanced), or None; one pass, however long."""
+    """The inside of the last complete \\boxed{} or \\fbox{}, or None; one pass, however long the text."""
     opened, last = [], ()  # opened: where the inside of each open box starts, None for other braces
     for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text, re.DOTALL):
         if token[0] == "}":
@@ -100,28 +98,28 @@ def last_boxed(text):
 def same(gold, answer):
     """Whether a tidied answer is right to a gold one. Raises one of UNREADABLE where they cannot be read."""
     golds, answers = split(gold), split(answer)
-    if len(golds) != 1 or len(answers) != 1:  # lists and sets, in any order
+    if len(golds) != 1 or len(answers) != 1:  # lists and sets; of x = 2, y = 3 no name may be missing
         names = [{m[1] for m in map(NAME.fullmatch, parts) if m} for parts in (golds, answers)]
         for part in golds:
             answers.remove(next((a for a in answers if same(part, a)), None))  # ValueError if there is none
-        return not answers and (len(names[0]) < 2 or names[0] == names[1])  # of x = 2, y = 3 none may be missing
+        return not answers and (len(names[0]) < 2 or names[0] == names[1])
     gold, answer = golds + answers
     g, a = NAME.fullmatch(gold), NAME.fullmatch(answer)
-    if (g and a and g[1] == a[1]) or (g and "=" not in answer) or (a and "=" not in gold):  # else it may be missing
+    if (g and a and g[1] == a[1]) or (g and "=" not in answer) or (a and "=" not in gold):
         return same(g[2] if g else gold, a[2] if a else answer)
     g, a = BRACKETS.fullmatch(gold), BRACKETS.fullmatch(answer)
     if g and a:
         golds, answers = split(g[2]), split(a[2])
         return g[1] + g[3] == a[1] + a[3] and len(golds) == len(answers) and all(map(same, golds, answers))
     g, a = MEASURED.fullmatch(gold), MEASURED.fullmatch(answer)
-    unit, other = (NO_UNIT.sub("", (m[1] + m[3]).lower()) for m in (g, a))
+    unit, other = (re.sub(r"\\text|[{}^. ]|(?<=[a-z]{2})s(?![a-z])", "", (m[1] + m[3]).lower()) for m in (g, a))
     if not g[2] or not a[2]:  # text
         return unit == other != "nan" and g[2] == a[2]
     e, f = value(g[2]), value(a[2])
-    if e.free_symbols != f.free_symbols or ("=" in gold) != ("=" in answer) or (unit and other and unit != other):
+    if e.free_symbols != f.free_symbols or ("=" in gold) != ("=" in answer) or len({unit, other, ""}) > 2:
         return False
     if unit != other and "percent" in (unit, other):  # 50 % is 0.5, and 50
-        return equal(e, 100 * f if unit else f / 100) or bool(e > 1 and equal(e, f))
+        return equal(e, 100 * f if unit else f / 100) or (bool(e > 1) and equal(e, f))
     return equal(e, f)
 
 
@@ -131,26 +129,21 @@ def split(text):
     for token in re.findall(r"\\.|.", re.sub(r"^\\\{(.*)\\\}$", r"\1", text.strip().rstrip(" .,;"))):
         depth += (token in ("(", "[", "{", r"\{")) - (token in (")", "]", "}", r"\}"))
         marked += "\n" if token in ",;" and not depth else token
-    return [p.replace(r"\pm", sign).strip() for p in marked.split("\n") for sign in ("+-" if r"\pm" in p else "+")]
+    return [p.replace(r"\pm", sign).strip() for p in marked.split("\n") for sign in "+-"[:1 + (r"\pm" in p)]]
 
 
 @functools.lru_cache(4096)
 def value(text):
-    """What math-verify's parser reads, an equation as an expression. Raises ValueError where it reads nothing."""
-    if NO_VALUE.search(text):
-        raise ValueError(f"no value: {text[:40]}")
+    """What math-verify's parser reads in one value or equation. Raises ValueError where it reads nothing."""
     try:
         read = latex2sympy(text, normalization_config=None, conversion_config=CASED)
     except Exception as e:  # its grammar raises bare Exceptions
         raise (e if isinstance(e, MemoryError) else ValueError(f"no value: {text[:40]}")) from e
     functions = {f: sympy.Symbol(str(f)) for f in read.atoms(sympy.core.function.AppliedUndef)}  # f(x)
     read = read.xreplace(functions | {sympy.Symbol("i"): sympy.I})
-    if isinstance(read, sympy.Eq):  # an expression that is the same for any multiple of the equation, nan if always true
+    if isinstance(read, sympy.Eq):  # as what is the same for any multiple of it, and nan if it is always true
         zero = read.lhs - read.rhs
-        elsewhere = {s: sympy.Symbol(f"{s} elsewhere") for s in zero.free_symbols}
-        read = zero / zero.xreplace(elsewhere) if elsewhere and not equal(zero, sympy.S.Zero) else sympy.nan
-    if read in (sympy.true, sympy.false) or read.has(sympy.nan, sympy.zoo):
-        raise ValueError(f"no value: {text[:40]}")
+        read = zero / zero.xreplace({s: sympy.Symbol(f"{s} elsewhere") for s in zero.free_symbols})
     return read.doit() if isinstance(read, sympy.Expr) and not read.free_symbols else read
 
 
@@ -158,11 +151,11 @@ def equal(e, f):
     """Whether two values agree at three points: large for floors, negative, small for x^{200}+1."""
     told = 0
     for scale in (7, -71, 500) if isinstance(e, sympy.Expr) and isinstance(f, sympy.Expr) else ():
-        at = {s: sympy.Rational(random.Random(f"{s} {scale}").randint(100, 999), scale) for s in (e - f).free_symbols}
+        at = {s: sympy.Rational(random.Random(f"{s} {scale}").randint(100, 999), scale) for s in e.free_symbols}
         difference = (e - f).subs(at)
         try:
             difference = difference.evalf(2, strict=True)
-        except PrecisionExhausted:  # zero, as far as 100 digits can tell
+        except sympy.core.evalf.PrecisionExhausted:  # zero, as far as 100 digits can tell
             difference = sympy.S.Zero if abs(difference.evalf(2)) < 1e-80 else sympy.nan
         if difference.is_finite and difference != 0:
             return False
