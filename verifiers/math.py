@@ -1,26 +1,21 @@
 r"""
-How a mathematical answer is judged: the inside of a response's last \boxed{} against the gold answer.
-
-Lists, names (`x =`), brackets and units are taken apart here; math-verify's parser reads the rest. Values are
-equal if they agree at three points; what has no value there (a set, an inequality) math-verify compares.
+How a mathematical answer is judged: the inside of a response's last \boxed{} against the gold answer. Lists,
+names (`x =`), brackets and units are taken apart; math-verify reads the rest, and compares what has no value.
 """
-import functools
 import random
 import re
 import sys
 
 import math_verify
 import sympy
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig as Config, latex2sympy
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-CASED = ConversionConfig(lowercase_symbols=False)
-# What sympy and the reading raise for what they cannot take, but for MemoryError, which ends the worker.
 UNREADABLE = (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, NotImplementedError)
 sys.set_int_max_str_digits(20_000)
 
 SPELLINGS = [(re.compile(a), b) for a, b in (  # in this order; words and units come into \text{}
-    ("−", "-"), ("π", r"\\pi "), ("√", r"\\sqrt "), ("∞", r"\\infty "), ("°", r"^\\circ "), ("×", r"\\times "),
+    ("−", "-"), ("π", r"\\pi "), ("√", r"\\sqrt "), ("∞", r"\\infty "), ("×", r"\\times "),
     (r"\\[()\[\]]|\\(?:left|right|displaystyle|boldsymbol|underline)(?![a-z])", ""),  # \( \left(
     (r"\\\$|(?<!\\)\$(?=\s*\d[^$]*$)", r"\\text{dollar}"), (r"\$", ""),  # \$5 and $5 are money, $x$ is not
     (r"(?<=\d)(?:\{,\}|,?\\[,!] ?|\\ |~)(?=\d{3}(?!\d))", ""),  # 10{,}000 10,\!000 10\,000
@@ -30,11 +25,11 @@ SPELLINGS = [(re.compile(a), b) for a, b in (  # in this order; words and units 
     (r"(\\(?:[dt]?frac|binom) ?\{(?:[^{}]|\{[^{}]*\})*\}) ?(\w|\\pi)", r"\1{\2}"),  # \frac{1}2
     (r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)", r"\1 \\cdot 10^{\2}"),  # 4.5e33
     (r"(?<![\d.])(\d*)\.(\d+)(?![\d.])", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}"),  # 0.5
-    (r"\^ ?\{? ?\\circ ?\}?|\\degree(?![a-z])", r"\\text{degree}"), (r"\\?%", r"\\text{percent}"),
+    (r"°|\^ ?\{? ?\\circ ?\}?|\\degree(?![a-z])", r"\\text{degree}"), (r"\\?%", r"\\text{percent}"),
     (r"(?<=\d)_ ?\{? ?(\d+) ?\}?", r"\\text{base \1}"), (r"'|\^ ?\{?\\prime ?\}?", "_{prime}"),  # 101_2 y'
     (r"\\(?:operatorname\*?|text\w*|math(?:rm|bf|it)|mbox) ?(?=\{)", r"\\text"),
     (r"\\text\{([^A-Za-z{}(]+)", r"\1\\text{"), (r"\\text\{ *\}", ""),  # \text{5} \text{4:30 p.m.}
-    (r"_ ?\{? ?\\(?:text ?\{)?(\w+)\}? ?\}?", r"_{\1}"), (r"^ ?\w ?\\in(?![a-z])", ""),  # x_{\max} x \in [0, 1]
+    (r"_ ?\{? ?\\(?:text ?\{)?(\w+)\}? ?\}?", r"_{\1}"), (r"^ ?\w ?\\in(?![a-z])", ""),  # x_{\max} x \in
     (r"∅|\\varnothing|\\emptyset|\\\{ ?\\\}", r"\\text{empty}"), (r"^ *\\text\{[( ]*(\w)[). ]*\}$", r"\1"),
     (r"(?<=[\d}]) ?((?:[cmk]m|kg|ft|mph|[a-z]{4,})(?:[ /][a-z]+)*)(?=[.,;\^ ]|$)", r"\\text{\1}"),  # 5 cm
     (r",? *\\text\{ ?(?:and|or) ?\}|(?<![\\A-Za-z{])(?:and|or)(?![A-Za-z])", ","),  # 2 or 3
@@ -42,13 +37,12 @@ SPELLINGS = [(re.compile(a), b) for a, b in (  # in this order; words and units 
     (r"^[^():]+:[^()]+$", lambda m: f"({m[0].replace(':', ',')})"),  # 3:4
     (r"^ ?(\w) ?= ?([^,=]+), ?(?!\1)(\w) ?= ?([^,=]+)$", lambda m:  # y = 2, x = 1 as (x, y) = (1, 2)
      "({},{})=({},{})".format(*sorted(m.group(1, 3)), *(m.group(2, 4) if m[1] < m[3] else m.group(4, 2)))))]
-NAME = re.compile(r"(\|?(?:\\angle )?(?:\\text\{[^{}]*\}|\\?[A-Za-z]+)(?:_\{\w+ ?\}|_\w)*(?:\([^()]{1,9}\))?\|?|"
-                  r"\([A-Za-z](?:, ?[A-Za-z])+\)) ?(?:=|\\approx) ?([^=]+)")  # x_1 = |AB| = f(x) = (x, y) =
+NAME = re.compile(r"(\|?(?:\\angle )?(?:\\text\{[^{}]*\}|\\?[A-Za-z]+)(?:_\{\w+ ?\}|_\w)*(?:\([^()]{1,9}\))?"
+                  r"\|?|\([A-Za-z](?:, ?[A-Za-z])+\)) ?(?:=|\\approx) ?([^=]+)")  # x_1 = |AB| = f(x) = (x, y) =
 BRACKETS = re.compile(r"([(\[])((?!.*\\c[au]p).*[,;].*)([)\]])")  # of a tuple or interval
-NO_VALUE = r"[\d^+*/] ?\{?\\infty|\\infty ?[\^+*/-]|[;:\"?@#.]|\d +\d|[^\x00-\x7f]|(?<![\\A-Za-z{])[A-Za-z]{4}"
+NO_VALUE = r"[\d^+*/] ?\{?\\infty|\\infty ?[\^+*/-]|[;:\"?#.]|\d +\d|[^\x00-\x7f]|(?<![\\A-Za-z{])[A-Za-z]{4}"
 MEASURED = re.compile(rf"((?:\\text\{{dollar\}})?)((?:(?!\\text|{NO_VALUE}).)*?)"
                       r"((?:[ /]*\\text\{[^{}]*\}(?:\^\{?-?\d\}?)?)*)")
-
 
 def gold(row):
     """(gold answer, None) of a row, whatever its fields are called, or (None, why there is none)."""
@@ -69,7 +63,6 @@ def gold(row):
         return (text.strip(), None) if readable else (None, "gold cannot be parsed")
     return None, "no answer"
 
-
 def judge(gold, response, limits):
     """'right', 'wrong' (also where either cannot be read), or 'no answer' where no box is complete."""
     answer = last_boxed(response)
@@ -79,9 +72,8 @@ def judge(gold, response, limits):
         gold, answer = pattern.sub(new, gold), pattern.sub(new, answer)
     try:
         return "right" if same(gold, answer) else "wrong"
-    except UNREADABLE:
+    except UNREADABLE:  # not MemoryError: it ends the worker
         return "wrong"
-
 
 def last_boxed(text):
     """The inside of the last complete \\boxed{} or \\fbox{}, or None; one pass, however long the text."""
@@ -93,7 +85,6 @@ def last_boxed(text):
         elif token[0][-1] == "{" and token[0] != r"\{":
             opened.append(token.end() if len(token[0]) > 1 else None)
     return text[slice(*last)].strip() if last else None
-
 
 def same(gold, answer):
     """Whether a tidied answer is right to a gold one. Raises one of UNREADABLE where they cannot be read."""
@@ -112,7 +103,7 @@ def same(gold, answer):
         golds, answers = split(g[2]), split(a[2])
         return g[1] + g[3] == a[1] + a[3] and len(golds) == len(answers) and all(map(same, golds, answers))
     g, a = MEASURED.fullmatch(gold), MEASURED.fullmatch(answer)
-    unit, other = (re.sub(r"\\text|[{}^. ]|(?<=[a-z]{2})s(?![a-z])", "", (m[1] + m[3]).lower()) for m in (g, a))
+    unit, other = (re.sub(r"\\text|[{}^. ]|(?<=[a-z]{2})s\b", "", (m[1] + m[3]).lower()) for m in (g, a))
     if not g[2] or not a[2]:  # text
         return unit == other != "nan" and g[2] == a[2]
     e, f = value(g[2]), value(a[2])
@@ -122,7 +113,6 @@ def same(gold, answer):
         return equal(e, 100 * f if unit else f / 100) or (bool(e > 1) and equal(e, f))
     return equal(e, f)
 
-
 def split(text):
     """The parts of a list or set, at the commas outside all brackets, in \\pm both signs."""
     depth, marked = 0, ""
@@ -131,12 +121,11 @@ def split(text):
         marked += "\n" if token in ",;" and not depth else token
     return [p.replace(r"\pm", sign).strip() for p in marked.split("\n") for sign in "+-"[:1 + (r"\pm" in p)]]
 
-
-@functools.lru_cache(4096)
+@sympy.cacheit
 def value(text):
     """What math-verify's parser reads in one value or equation. Raises ValueError where it reads nothing."""
     try:
-        read = latex2sympy(text, normalization_config=None, conversion_config=CASED)
+        read = latex2sympy(text, normalization_config=None, conversion_config=Config(lowercase_symbols=False))
     except Exception as e:  # its grammar raises bare Exceptions
         raise (e if isinstance(e, MemoryError) else ValueError(f"no value: {text[:40]}")) from e
     functions = {f: sympy.Symbol(str(f)) for f in read.atoms(sympy.core.function.AppliedUndef)}  # f(x)
@@ -146,17 +135,15 @@ def value(text):
         read = zero / zero.xreplace({s: sympy.Symbol(f"{s} elsewhere") for s in zero.free_symbols})
     return read.doit() if isinstance(read, sympy.Expr) and not read.free_symbols else read
 
-
 def equal(e, f):
     """Whether two values agree at three points: large for floors, negative, small for x^{200}+1."""
     told = 0
-    for scale in (7, -71, 500) if isinstance(e, sympy.Expr) and isinstance(f, sympy.Expr) else ():
-        at = {s: sympy.Rational(random.Random(f"{s} {scale}").randint(100, 999), scale) for s in e.free_symbols}
-        difference = (e - f).subs(at)
+    for size in (7, -71, 500) if isinstance(e, sympy.Expr) and isinstance(f, sympy.Expr) else ():
+        at = {s: sympy.Rational(random.Random(f"{s} {size}").randint(100, 999), size) for s in e.free_symbols}
         try:
-            difference = difference.evalf(2, strict=True)
+            difference = (e - f).subs(at).evalf(2, strict=True)
         except sympy.core.evalf.PrecisionExhausted:  # zero, as far as 100 digits can tell
-            difference = sympy.S.Zero if abs(difference.evalf(2)) < 1e-80 else sympy.nan
+            difference = sympy.S.Zero if abs((e - f).subs(at).evalf(2)) < 1e-80 else sympy.nan
         if difference.is_finite and difference != 0:
             return False
         told += difference == 0
