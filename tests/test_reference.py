@@ -78,7 +78,7 @@ def test_distill(guesser, ranks, tmp_path):
         sampler.load(student.named_parameters())
         prompts = [verify.chat_ids(tokenizer, p) for p in problems]
         ys = [s.ids for s in sampler.generate(prompts, seeds, max_tokens=24)]
-        return [(x, y, verify.last_boxed(tokenizer.decode(y)) == "3") for x, y in zip(prompts, ys)]
+        return [(x, y, verify.load_verifier("math").last_boxed(tokenizer.decode(y)) == "3") for x, y in zip(prompts, ys)]
 
     rows, seen = read(tmp_path / "out/metrics.jsonl"), set()
     assert len(rows) == 2
