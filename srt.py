@@ -160,7 +160,7 @@ def pick(logits, uniform, temperature, top_p):
 
 
 class VLLMSampler(Sampler):
-    """vLLM in this process, an engine per rank; `step()` by hand, so that what has ended comes out at once."""
+    """vLLM in this process, an engine per rank; `step()` by hand, so that samples come out as they end."""
 
     def __init__(self, model, tokenizer, max_len, device, dtype, memory=0.85, max_seqs=256, eager=False):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights go in by reference
@@ -286,6 +286,18 @@ def read_rows(out):
 
 def row_files(out):
     return glob.glob(os.path.join(glob.escape(out), "responses*.jsonl"))
+
+
+def merge(out, problems):
+    """Makes one responses.jsonl of all ranks' files, in the order of the problems, and returns its rows."""
+    order = {problem.id: i for i, problem in enumerate(problems)}
+    rows = [row for row in read_rows(out).values() if row["id"] in order]
+    rows.sort(key=lambda row: (order[row["id"]], *row_key(row)[1:]))
+    whole = os.path.join(out, "responses.jsonl")
+    write_rows(whole, rows)
+    for path in set(row_files(out)) - {whole}:
+        os.remove(path)  # every line of it now stands in responses.jsonl
+    return rows
 
 
 def write_rows(path, rows):
@@ -502,15 +514,8 @@ def main():
     if stopped():
         if ranks.rank == 0:
             print(f"stopped by a signal: what is judged is in {args.out}; the same command goes on there")
-    elif ranks.rank == 0:  # one merged file in the order of the problems, whatever rank sampled what
-        order = {problem.id: i for i, problem in enumerate(problems)}
-        rows = sorted((row for row in read_rows(args.out).values() if row["id"] in order),
-                      key=lambda row: (order[row["id"]], *row_key(row)[1:]))
-        whole = os.path.join(args.out, "responses.jsonl")
-        write_rows(whole, rows)
-        for path in set(row_files(args.out)) - {whole}:
-            os.remove(path)  # every line of it now stands in responses.jsonl
-        kept = []
+    elif ranks.rank == 0:
+        rows, kept = merge(args.out, problems), []
         if not args.eval:
             kept = [row for row in tuples(rows) if row["y_revised_correct"]][: target or None]
             write_rows(os.path.join(args.out, "d_revision.jsonl"), kept)

@@ -550,7 +550,8 @@ class Judge(contextlib.AbstractContextManager):
         return process
 
     def stop(self, process):
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         process.stdin = process.stdout = None
 
@@ -604,7 +605,7 @@ class Judge(contextlib.AbstractContextManager):
 
     def __call__(self, problems, responses):
         """Verdicts of responses[i] to problems[i], in order."""
-        return list(self.pool.map(self.verdict, problems, responses))
+        return [f.result() for f in [self.submit(p, r) for p, r in zip(problems, responses, strict=True)]]
 
     def close(self):
         self.pool.shutdown()
