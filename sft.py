@@ -146,9 +146,10 @@ def set_compiler(checkpointing):
     torch._functorch.config.is_non_builtin_to_include = checkpointing  # attention is among what it may keep
 
 
-def load_model(path, ranks, mesh, dtype, attn="packed", trainable=True, checkpointing=False, compile=False):
+def load_model(path, ranks, mesh, dtype, attn="packed", trainable=True, checkpointing=False, compile=False,
+               held=torch.float32):
     """
-    A causal LM under FSDP2: fp32 master weights and gradients, compute in `dtype`; if frozen, all in `dtype`.
+    A causal LM under FSDP2: weights held in `held`, gradients and their sums in fp32, compute in `dtype`.
     Its forward is packed_forward. Without checkpointing activations and gathered weights stay until backward.
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
