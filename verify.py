@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import fcntl
 import functools
+import glob
 import hashlib
 import importlib.util
 import itertools
@@ -519,6 +520,16 @@ def worker(mode, memory):
         print(reply, file=replies, flush=True)
 
 
+def descendants(pid):
+    """The ids of a process and of all that descend from it."""
+    found = [pid]
+    for pid in found:
+        for path in glob.glob(f"/proc/{pid}/task/*/children"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(path) as f:  # it may have ended
+                found += map(int, f.read().split())
+    return found
+
+
 class Judge(contextlib.AbstractContextManager):
     """
     A pool of worker processes that give verdicts. One that takes longer than the limit or dies (memory) is
@@ -541,7 +552,7 @@ class Judge(contextlib.AbstractContextManager):
         self.pool = ThreadPoolExecutor(workers)  # each of its threads takes a worker that is idle
 
     def start(self):
-        """A new worker, in a session of its own, so that it can be killed with all that it has started."""
+        """A new worker, in a session of its own: Ctrl-C does not reach it."""
         process = subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), "--worker", self.mode, str(self.memory)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
@@ -550,8 +561,10 @@ class Judge(contextlib.AbstractContextManager):
         return process
 
     def stop(self, process):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        process.send_signal(signal.SIGSTOP)  # so that it starts nothing more
+        for pid in descendants(process.pid):  # bubblewrap, killed alone while it sets up, leaves a child
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
         process.stdin = process.stdout = None
 
