@@ -1,5 +1,6 @@
 # make demo   a base model, RFT, SRT and SD-Zero at toy scale, from scratch: a table and runs/demo/report.png
 # make test   the tests
+# make real   the same on a real model and data set, a GPU or more: MODEL=, DATA= (or TRAIN= and TEST=)
 # make bench  speed, as ratios in one run (the GPU parts need a GPU)
 # make chaos  30 runs of the scripts, killed at random moments and resumed: about 15 minutes
 # Each sets up .venv first: the full stack where nvidia-smi finds a GPU, else one without CUDA.
@@ -12,7 +13,7 @@ STACK := $(if $(GPU),requirements.txt,requirements-cpu.txt)
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 
-.PHONY: demo test bench chaos setup
+.PHONY: demo real test bench chaos setup
 setup: .venv/.done-$(STACK)
 
 .venv/.done-requirements.txt: requirements.txt
@@ -31,6 +32,7 @@ setup: .venv/.done-$(STACK)
 	touch $@
 
 test: setup
+	$(PY) -m ruff check .
 	$(PY) -m pytest -q --disable-warnings -rs -n 2 --dist loadfile --no-loadscope-reorder --durations 15 tests
 
 bench: setup
@@ -62,3 +64,38 @@ demo: setup
 	  $(PY) srt.py --eval --model $${m#*:} --data $(TOY)/test.jsonl --num_revisions 1 --out $(OUT)/eval/$${m%%:*} $(SAMPLE) > /dev/null || exit 1; done
 	$(PY) kl.py --student $(OUT)/srt/final --teacher $(OUT)/srt/final --responses $(OUT)/eval/base/responses.jsonl --out $(OUT)/kl
 	$(PY) tests/report.py $(OUT)
+
+# ------------------------------------------------------------------------------------------------------------ real
+# A real model, from collection to the same table and picture; each stage goes on where it was. docs/real.md has what was
+# seen. make real MODEL=Qwen/Qwen2.5-Coder-1.5B-Instruct DATA=openai/gsm8k:main; a folder for MODEL, and files by
+# TRAIN=train.jsonl TEST=test.jsonl. The rows of TRAIN: for collection, for phase 2, for validation.
+
+MODEL ?= Qwen/Qwen2.5-Coder-1.5B-Instruct
+DATA ?= openai/gsm8k:main
+TRAIN ?= $(DATA)@train
+TEST ?= $(DATA)@test
+REAL ?= runs/real
+ROWS ?= 0:4000 4000:7200 7200:
+STEPS ?= 60
+KL ?= reverse
+SAMPLES ?= 2
+TOKENS ?= 1024
+MORE ?=
+GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
+RUN = $(if $(filter-out 0 1,$(GPUS)),$(PY) -m torch.distributed.run --standalone --nproc_per_node $(GPUS),$(PY))
+HOW = --max_tokens $(TOKENS) $(MORE)
+real: setup
+	$(RUN) srt.py --model $(MODEL) --data $(TRAIN) --range $(word 1,$(ROWS)) --num_responses 2 --num_revisions 4 --target 0 --out $(REAL)/collect $(HOW)
+	$(RUN) sft.py --model $(MODEL) --data $(REAL)/collect/d_revision.jsonl --out $(REAL)/srt --batch 16 --epochs 2 --lr 1e-5 --stage2_size 600
+	@echo "== RFT: the baseline, with as many generations"
+	$(RUN) srt.py --model $(MODEL) --data $(TRAIN) --range $(word 1,$(ROWS)) --num_responses 10 --num_revisions 0 --target 0 --out $(REAL)/collect_rft $(HOW)
+	$(RUN) sft.py --model $(MODEL) --objective rft --data $(REAL)/collect_rft/responses.jsonl --out $(REAL)/rft --batch 16 --epochs 1 --lr 1e-5
+	@echo "== does the teacher correct, or copy?"
+	$(PY) kl.py --student $(REAL)/srt/final --teacher $(REAL)/srt/final --responses $(REAL)/collect/responses.jsonl --out $(REAL)/kl
+	@echo "== SD-Zero"
+	$(RUN) distill.py --model $(REAL)/srt/final --data $(TRAIN) --range $(word 2,$(ROWS)) --val $(TRAIN) --val_range $(word 3,$(ROWS)) --val_samples 2 \
+	  --out $(REAL)/sdzero --steps $(STEPS) --lr 5e-6 --warmup 5 --kl $(KL) $(HOW)
+	@echo "== evaluation"
+	for m in base:$(MODEL) rft:$(REAL)/rft/final srt:$(REAL)/srt/final sdzero:$(REAL)/sdzero/final; do \
+	  $(RUN) srt.py --eval --model $${m#*:} --data $(TEST) --num_responses $(SAMPLES) --num_revisions 1 --temperature 0.7 --out $(REAL)/eval/$${m%%:*} $(HOW) || exit 1; done
+	$(PY) tests/report.py $(REAL)

@@ -286,6 +286,7 @@ def parse_args():
         "healthy is 0.01-0.02 nats per token in bf16, stale weights give 0.2")
     add("--stop_when_worse", action="store_true", help="end a run that gets worse; without it, only say so")
     add("--val", help="validation problems, as --data")
+    add("--val_range", metavar="A:B", help="rows of --val")
     add("--val_every", type=natural, default=20)
     add("--val_samples", type=natural, default=8, help="responses per validation problem")
     add("--save_every", type=natural, default=10, help="steps between states to go on from")
@@ -306,7 +307,7 @@ def main():
     judge = verify.Judge(args.mode, limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox)
     problems, dropped = verify.load_problems(args.data, judge, args.range_)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
-    val_problems = verify.load_problems(args.val, judge)[0] if args.val else []
+    val_problems = verify.load_problems(args.val, judge, args.val_range)[0] if args.val else []
     val_prompts = [verify.chat_ids(tokenizer, problem) for problem in val_problems]
     if args.batch > len(problems):
         fail(f"--batch {args.batch}: --data gives {len(problems)} problems, and a step takes different ones; "

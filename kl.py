@@ -1,8 +1,8 @@
 """
 Exact KL over the whole vocabulary, in chunks of tokens, without ever holding a [tokens, vocab] tensor.
 
-A 4B model has 151,936 vocabulary entries: the fp32 logits of 8,192 tokens alone are 4.6 GiB, and autograd would keep
-several such tensors for the student and the teacher. Here the loss *and its gradient* are computed in one pass:
+A 4B model has 151,936 vocabulary entries: the fp32 logits of 8,192 tokens alone are 4.6 GiB, and autograd
+would keep several such tensors for each side. Here the loss *and its gradient* are computed in one pass:
 
   for each chunk of n tokens                                                     (4B: n = 2048)
     for each tile of b of them                                                   (b = 512)
@@ -10,15 +10,16 @@ several such tensors for the student and the teacher. Here the loss *and its gra
       2. KL(s, t) and dKL/ds in closed form                     softmax algebra  [b], [b, V]
     3. dh = (dKL/ds) W_student,  dW += (dKL/ds)^T h_student     in fp32          [n, H], [V, H]
 
-so the cost is four matrix products per token and the memory is that of dW, one tile of logits and one chunk of dKL/ds,
-which is held in the type of h_student. The backward pass of autograd only multiplies the stored gradients by the
+so the cost is four matrix products per token, and the memory that of dW, one tile of logits and one chunk of
+dKL/ds, which has the type of h_student. Autograd's backward pass only multiplies the stored gradients by the
 incoming scalar. dW is accumulated in fp32: rounding it to bf16 after each chunk would bias training.
 
-Departures from the official code: the KL is exact over the vocabulary, not renormalised over the teacher's top 64
-(that approximation is `topk=64`, to compare with), and the default is the paper's reverse KL, not a mixture.
+Departures from the official code: the KL is exact over the vocabulary, not renormalised over the teacher's
+top 64 (`topk=64`, to compare with), and the default is the paper's reverse KL, not a mixture.
 
-As a script it says whether the teacher corrects or only copies, and draws where it disagrees with the student:
-    python kl.py --student runs/srt/final --teacher runs/srt/final --responses runs/collect/responses.jsonl --out runs/kl
+As a script it says whether the teacher corrects or only copies, and draws where it disagrees:
+    python kl.py --student runs/srt/final --teacher runs/srt/final \\
+        --responses runs/collect/responses.jsonl --out runs/kl
 """
 import argparse
 import functools
@@ -31,20 +32,20 @@ from typing import NamedTuple
 import torch
 
 KINDS = ("reverse", "forward", "mixed", "jsd")
-COPIED = math.log(0.99)  # a token whose teacher_logp is above this was copied: the teacher has read it and expects it
+COPIED = math.log(0.99)  # over this the teacher, who has read the token, expects it
 
 
 def divergence(log_p, log_q, kind, targets=None):
     """
-    The divergence of each row of log-probabilities and its gradient in the student's logits; p student, q teacher:
+    The divergence of each row of log-probabilities, student p, teacher q, and its gradient in p's logits:
 
-        reverse  KL(p || q) = sum_v p (log p - log q)        gradient  p (log p - log q - KL)    the paper's loss
-        forward  KL(q || p) = sum_v q (log q - log p)        gradient  p - q
-        mixed    half of each                                gradient  half of each
-        jsd      KL(p || m)/2 + KL(q || m)/2, m = (p+q)/2    gradient  p (log p - log m - KL(p || m)) / 2
+        reverse  KL(p || q) = sum_v p (log p - log q)        p (log p - log q - KL)    the paper's loss
+        forward  KL(q || p) = sum_v q (log q - log p)        p - q
+        mixed    half of each                                half of each
+        jsd      KL(p || m)/2 + KL(q || m)/2, m = (p+q)/2    p (log p - log m - KL(p || m)) / 2
 
-    log_p, log_q: fp32 [n, V]; targets: the sampled tokens [n], for a loss that looks at them. Returns ([n], [n, V]) in
-    fp32, in nats. A row with p = q gives exactly 0 and a gradient of exactly 0. To try another one, add its lines here.
+    log_p, log_q: fp32 [n, V]; targets: the sampled tokens [n], for a loss that looks at them. Returns
+    ([n], [n, V]) in fp32, in nats; a row with p = q gives exact zeros. To try another, add its lines here.
     """
     p, d = log_p.exp(), log_p - log_q
     reverse = (p * d).sum(-1)
@@ -53,7 +54,7 @@ def divergence(log_p, log_q, kind, targets=None):
     q = log_q.exp()
     if kind == "forward":
         return -(q * d).sum(-1), p - q
-    if kind == "jsd":  # log m - log p = f(-d), log m - log q = f(d), f(x) = log((1 + e^x) / 2) = max(x, 0) + tail
+    if kind == "jsd":  # log m - log p = f(-d), log m - log q = f(d), f(x) = log((1 + e^x)/2) = x^+ + tail
         tail = torch.log1p(torch.expm1(-d.abs()) / 2)  # 0 at d = 0, and nothing overflows at |d| = 1e4
         p_to_m = -(tail + (-d).clamp(min=0))
         kl_pm = (p * p_to_m).sum(-1)
@@ -62,19 +63,23 @@ def divergence(log_p, log_q, kind, targets=None):
 
 
 def topk_divergence(log_p, log_q, kind, k):
-    """The official code's approximation: both renormalised over the teacher's k likeliest tokens, the rest ignored."""
+    """The official code's approximation: both renormalised over the teacher's k likeliest tokens."""
     index = log_q.topk(k, dim=-1).indices  # [n, k]
-    value, grad = divergence(log_p.gather(1, index).log_softmax(-1), log_q.gather(1, index).log_softmax(-1), kind)
+    few_p, few_q = (log.gather(1, index).log_softmax(-1) for log in (log_p, log_q))
+    value, grad = divergence(few_p, few_q, kind)
     return value, torch.zeros_like(log_p).scatter_(1, index, grad)
 
 
 def kl_tile(s, t, weight, targets, kind, topk, d_s):
     """
-    All that is done to a tile of logits: writes weight * dKL/ds to d_s [n, V]. Returns [4, n]: KL, log p(target) of the
-    student and of the teacher, and the student's entropy.
+    All that is done to a tile of logits: writes weight * dKL/ds to d_s [n, V]. Returns [4, n]: KL,
+    log p(target) of the student and of the teacher, and the student's entropy.
     """
     log_p, log_q = s.log_softmax(-1), t.log_softmax(-1)
-    value, grad = topk_divergence(log_p, log_q, kind, topk) if topk else divergence(log_p, log_q, kind, targets)
+    if topk:
+        value, grad = topk_divergence(log_p, log_q, kind, topk)
+    else:
+        value, grad = divergence(log_p, log_q, kind, targets)
     d_s.copy_(grad * weight[:, None])
     logp, teacher_logp = (log.gather(1, targets[:, None])[:, 0] for log in (log_p, log_q))
     return torch.stack([value, logp, teacher_logp, -(log_p.exp() * log_p).sum(-1)])
@@ -90,34 +95,29 @@ def ce_tile(s, weight, targets, d_s):
 
 @functools.cache
 def compiled(tile):
-    """torch.compile makes one pass of a tile's many; the vocabulary is a fixed size to it, the rows are not."""
+    """torch.compile makes one pass of a tile's many; the vocabulary is a fixed size to it, rows are not."""
     return torch.compile(tile)
 
 
-def matmul_fp32(a, b):
-    """a @ b with an fp32 result. On CUDA bf16 inputs go to the tensor cores as they are, which add up in fp32."""
-    if a.is_cuda and a.dtype != torch.float32:
+def matmul_fp32(a, b, total=None):
+    """a @ b in fp32, or total += a @ b, not rounded before the sum. Tensor cores take bf16 as it is."""
+    if not a.is_cuda or a.dtype == torch.float32:
+        a, b = a.float(), b.float()
+        return a @ b if total is None else total.addmm_(a, b)
+    if total is None:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def add_matmul_fp32(total, a, b):
-    """total += a @ b for an fp32 total, the product not rounded before the sum."""
-    if a.is_cuda and a.dtype != torch.float32:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(a.float(), b.float())
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 class HeadLoss(torch.autograd.Function):
-    """sum_i w_i * loss_i for losses that look at one row of logits each; gradients are made while the tile is at hand."""
+    """sum_i w_i * loss_i of losses that look at one row of logits each; gradients are made on the way."""
 
     @staticmethod
     def forward(ctx, hidden, weight, token_weight, chunk, block, tile):
         N, V = hidden.shape[0], weight.shape[0]
         needs_grad = hidden.requires_grad or weight.requires_grad
         d_hidden = torch.zeros_like(hidden) if needs_grad else None  # [N, H]
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None  # [V, H]
         seen = []  # [k, n] of each tile, its first row the loss
         d_logits = hidden.new_empty(min(chunk, N), V)
         for i in range(0, N, chunk):
@@ -129,7 +129,7 @@ class HeadLoss(torch.autograd.Function):
             if needs_grad:
                 rows = slice(i, i + chunk)
                 d_hidden[rows] = matmul_fp32(d_s, weight)
-                add_matmul_fp32(d_weight, d_s.T, hidden[rows])
+                matmul_fp32(d_s.T, hidden[rows], total=d_weight)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         seen = torch.cat(seen, dim=1)  # [k, N]
@@ -144,29 +144,30 @@ class HeadLoss(torch.autograd.Function):
 
 
 def head_loss(hidden, weight, token_weight, chunk, compile, tile):
-    """HeadLoss with its sizes chosen: 80 M logits a tile, half as many in eager mode, which keeps several copies."""
+    """HeadLoss with its sizes chosen: 80 M logits a tile, half in eager mode, which keeps several copies."""
     block = max(1, 80_000_000 // weight.shape[0])
     block = max(block // 256 * 256, min(block, 256))  # matrix products like multiples of 256
     chunk = chunk or 4 * block
-    return HeadLoss.apply(hidden, weight, token_weight, chunk, min(chunk, block if compile else block // 2 or 1), tile)
+    block = block if compile else block // 2 or 1
+    return HeadLoss.apply(hidden, weight, token_weight, chunk, min(chunk, block), tile)
 
 
 class KL(NamedTuple):
-    loss: torch.Tensor  # a scalar, with gradients for student_hidden and student_weight; the others are detached, fp32 [N]
-    kl: torch.Tensor  # nats
+    loss: torch.Tensor  # a scalar, with gradients for student_hidden and student_weight
+    kl: torch.Tensor  # nats; this and what follows fp32 [N], detached
     logp: torch.Tensor  # the student's log p(target); None without targets
     teacher_logp: torch.Tensor  # the teacher's
     entropy: torch.Tensor  # the student's, nats
 
 
-def chunked_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, kind="reverse", topk=0,
-               targets=None, chunk=0, compile=None):
+def chunked_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, kind="reverse",
+               topk=0, targets=None, chunk=0, compile=None):
     """
-    sum_i token_weight_i * KL_i between student and teacher (equation 3 of the paper). It equals, but for the memory,
+    sum_i token_weight_i * KL_i of student and teacher (equation 3 of the paper). But for memory it equals
 
         log_p = (student_hidden.float() @ student_weight.float().T).log_softmax(-1)            # [N, V]
         log_q = (teacher_hidden.float() @ teacher_weight.float().T).log_softmax(-1).detach()   # [N, V]
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1)                                           # [N], kind "reverse"
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)                                # [N], kind "reverse"
         loss = (token_weight * kl).sum()
         logp, teacher_logp = (log.gather(1, targets[:, None])[:, 0] for log in (log_p, log_q))
         entropy = -(log_p.exp() * log_p).sum(-1)
@@ -175,15 +176,15 @@ def chunked_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, t
     student_hidden, teacher_hidden: last hidden states [N, H], [N, H'] (any float type).
     student_weight, teacher_weight: the heads [V, H], [V, H']. token_weight: fp32 [N]; 0 leaves a row out.
     kind: see `divergence`. topk: 0 is exact; k > 0 renormalises over the teacher's k largest logits.
-    targets: the sampled tokens [N]. chunk: rows at a time, 0 = chosen. compile: the elementwise part; default: on CUDA.
-    Raises ValueError for an unknown kind, for topk with jsd (both sides' supports would matter), for unlike V.
+    targets: the sampled tokens [N]. chunk: rows at a time, 0 = chosen. compile: the elementwise part.
+    Raises ValueError for an unknown kind, a topk that is none or with jsd (whose support is both), unlike V.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
     if topk and kind == "jsd":
-        raise ValueError("topk cannot go with jsd: a mixture over the teacher's top k alone is not a divergence")
+        raise ValueError("topk cannot go with jsd: a mixture over the teacher's top k is no divergence")
     if student_weight.shape[0] != teacher_weight.shape[0]:
-        raise ValueError(f"student has {student_weight.shape[0]} vocabulary rows, teacher {teacher_weight.shape[0]}")
+        raise ValueError(f"vocabulary rows: student {len(student_weight)}, teacher {len(teacher_weight)}")
     if topk > teacher_weight.shape[0] or topk < 0:
         raise ValueError(f"topk must lie in 0..{teacher_weight.shape[0]}, got {topk}")
     y = targets
@@ -196,12 +197,13 @@ def chunked_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, t
         t = matmul_fp32(teacher_hidden[rows], teacher_weight.T)
         return run(s, t, token_weight[rows], y[rows], kind, topk, d_s)
 
-    loss, (kl, logp, teacher_logp, entropy) = head_loss(student_hidden, student_weight, token_weight, chunk, compile, tile)
+    loss, seen = head_loss(student_hidden, student_weight, token_weight, chunk, compile, tile)
+    kl, logp, teacher_logp, entropy = seen
     return KL(loss, kl, *((logp, teacher_logp) if targets is not None else (None, None)), entropy)
 
 
 def chunked_ce(hidden, weight, targets, token_weight, chunk=0, compile=None):
-    """sum_i token_weight_i * -log p(target_i), the SFT loss, by the same pass. Returns (loss, per-token loss [N])."""
+    """sum_i token_weight_i * -log p(target_i), the SFT loss, by the same pass. Returns (loss, [N])."""
     compile = hidden.is_cuda if compile is None else compile
     run = compiled(ce_tile) if compile else ce_tile
 
@@ -212,13 +214,13 @@ def chunked_ce(hidden, weight, targets, token_weight, chunk=0, compile=None):
     return loss, each
 
 
-# ----------------------------------------------------------------------------------------------------- as a script
+# --------------------------------------------------------------------------------------------- as a script
 
 
 def buckets(values, n=20):
-    """Shares of the total that lie in n equal slices of the tokens, sorted from largest to smallest: a list of n."""
+    """Shares of the total in n equal slices of the tokens, sorted from largest to smallest: a list of n."""
     values = values.clamp(min=0).sort(descending=True).values.double()
-    cumulative = torch.cat([torch.zeros(1, dtype=torch.double), values.cumsum(0)]) / values.sum().clamp(min=1e-12)
+    cumulative = torch.cat([values.new_zeros(1), values.cumsum(0)]) / values.sum().clamp(min=1e-12)
     edges = torch.linspace(0, len(values), n + 1, dtype=torch.double)
     low = edges.floor().long().clamp(max=len(values) - 1)
     at = cumulative[low] + (edges - low) * (cumulative[low + 1] - cumulative[low])
@@ -230,14 +232,15 @@ def main():
     from tqdm import tqdm
     import verify
 
-    parser = argparse.ArgumentParser(description="Does the teacher correct or copy, and where does it disagree?")
-    parser.add_argument("--student", required=True, help="folder of the model that generates")
-    parser.add_argument("--teacher", required=True, help="folder of the model that revises (SRT)")
-    parser.add_argument("--responses", required=True, help="responses.jsonl of srt.py; its y_init are scored")
-    parser.add_argument("--out", required=True, help="folder for heatmap.html, buckets.png and summary.json")
-    parser.add_argument("--kl", choices=KINDS, default="reverse")
-    parser.add_argument("--max_responses", type=verify.natural, default=200, help="half of them right, where there are as many")
-    parser.add_argument("--phrases", type=verify.phrases_flag, help="default: what --teacher records")
+    parser = argparse.ArgumentParser(description="Does the teacher correct or copy? Where does it disagree?")
+    add = parser.add_argument
+    add("--student", required=True, help="folder of the model that generates")
+    add("--teacher", required=True, help="folder of the model that revises (SRT)")
+    add("--responses", required=True, help="responses.jsonl of srt.py; its y_init are scored")
+    add("--out", required=True, help="folder for heatmap.html, buckets.png and summary.json")
+    add("--kl", choices=KINDS, default="reverse")
+    add("--max_responses", type=verify.natural, default=200, help="half of them right, if there are as many")
+    add("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
     args = parser.parse_args()
 
     ranks = verify.launch()
@@ -249,36 +252,34 @@ def main():
     verify.same_vocabulary(args.student, verify.load_tokenizer(args.student), args.teacher, tokenizer)
     phrases = verify.phrases_of(args.teacher, args.phrases)
     rows = read_responses(args.responses, args.max_responses, len(tokenizer))
-    student, teacher = (AutoModelForCausalLM.from_pretrained(m, dtype=dtype).to(device).eval().requires_grad_(False)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(m, dtype=dtype).to(device).eval()
                         for m in (args.student, args.teacher))
 
+    @torch.no_grad()
     def score(y, x, seen):
-        """KL of the student, who has read x, to the teacher, who has read `seen`, at each token of y."""
-        targets, hidden = torch.tensor(y, device=device), []
+        """The KL at each token of y of the student, who has read x, to the teacher, who has read `seen`."""
+        sides = []
         for model, before in ((student, x), (teacher, seen)):
-            ids = torch.tensor([before + y], device=device)
-            hidden.append(model.get_decoder()(ids).last_hidden_state[0, len(before) - 1:-1])  # [T, H]
-        heads = [model.get_output_embeddings().weight for model in (student, teacher)]
+            hidden = model.get_decoder()(torch.tensor([before + y], device=device)).last_hidden_state
+            sides += [hidden[0, len(before) - 1:-1], model.get_output_embeddings().weight]  # [T, H], [V, H]
         ones = torch.ones(len(y), device=device)
-        return chunked_kl(hidden[0], heads[0], hidden[1], heads[1], ones, args.kl, targets=targets)
+        return chunked_kl(*sides, ones, args.kl, targets=torch.tensor(y, device=device))
 
     measured, cells = {"right": [], "wrong": []}, []
     for row in tqdm(rows, desc="score", unit="response"):
         problem, y, correct = verify.Problem.of_row(row), row["y_init_tokens"], row["y_init_correct"]
         x = verify.chat_ids(tokenizer, problem)
-        with torch.no_grad():
-            after_wrong, after_right = (
-                score(y, x, verify.teacher_reads(tokenizer, problem, x, y, told, phrases)) for told in (False, True))
-        told = after_right if correct else after_wrong
-        contrast = after_wrong.teacher_logp - after_right.teacher_logp
+        after = [score(y, x, verify.teacher_reads(tokenizer, problem, x, y, told, phrases))
+                 for told in (False, True)]
+        told, contrast = after[correct], after[False].teacher_logp - after[True].teacher_logp
         measured["right" if correct else "wrong"].append({
             "kl": told.kl.mean(), "logp_student": told.logp.mean(), "logp_teacher": told.teacher_logp.mean(),
             "copied": (told.teacher_logp > COPIED).float().mean(), "contrast": contrast.mean(),
             "abs_contrast": contrast.abs().mean(), "kl_by_bucket": torch.tensor(buckets(told.kl.cpu())),
             "contrast_by_bucket": torch.tensor(buckets(contrast.abs().cpu()))})
         if len(cells) < 20:
-            difference = (told.logp - told.teacher_logp).tolist()
-            cells.append(heat_row(tokenizer, row, y, difference, told.kl.tolist()))
+            difference = told.logp - told.teacher_logp
+            cells.append(heat_row(tokenizer, row, y, difference.tolist(), told.kl.tolist()))
 
     summary = {"kl": args.kl, "phrases": phrases}
     for name, found in measured.items():
@@ -296,44 +297,43 @@ def main():
 
 
 def read_responses(path, most, vocabulary):
-    """The y_init rows of a responses.jsonl, right and wrong in turn as long as there are both, at most `most`."""
+    """The y_init rows of a responses.jsonl, at most `most`, half of them right where there are as many."""
     import verify
     kinds = {True: {}, False: {}}
     for line, row in verify.read_jsonl(path):
-        if row.get("kind", "init") != "init":
-            continue
-        verify.need(row, path, line, id=str, sample=int, problem=str, y_init_tokens=list, y_init_correct=bool)
-        if max(row["y_init_tokens"], default=0) >= vocabulary:
-            verify.fail(f"{path}:{line}: a token id over the {vocabulary} of --teacher; these are another model's")
-        if row["y_init_tokens"]:
-            kinds[row["y_init_correct"]].setdefault((row["id"], row["sample"]), row)
+        if row.get("kind", "init") == "init":
+            verify.need(row, path, line, id=str, sample=int, problem=str, y_init_tokens=list,
+                        y_init_correct=bool)
+            if max(row["y_init_tokens"], default=0) >= vocabulary:
+                verify.fail(f"{path}:{line}: a token id over the {vocabulary} of --teacher: another model's")
+            if row["y_init_tokens"]:
+                kinds[row["y_init_correct"]].setdefault((row["id"], row["sample"]), row)
     right, wrong = (list(kinds[ok].values()) for ok in (True, False))
-    if not right and not wrong:
+    if not right + wrong:
         verify.fail(f"--responses {path} holds no y_init; srt.py writes such a file")
-    half = max(most - len(wrong), most // 2)
-    return (right[:half] + wrong)[:most]
+    return (right[:max(most - len(wrong), most // 2)] + wrong)[:most]
 
 
 def report(summary):
     """The table that the script prints, and what to make of it."""
-    lines = [f"{'y_init':8}{'responses':>10}{'KL':>8}{'log p student':>15}{'teacher':>9}{'copied':>8}{'contrast':>10}"
-             f"{'|contrast|':>12}{'KL on 5 %':>11}"]
+    columns = ("responses", "kl", "logp_student", "logp_teacher", "copied", "contrast", "abs_contrast")
+    lines = ["y_init  " + " ".join(f"{name:>13s}" for name in columns)]
     for name in ("right", "wrong"):
-        if (s := summary[name])["responses"]:
-            lines.append(f"{name:8}{s['responses']:10}{s['kl']:8.3f}{s['logp_student']:15.3f}{s['logp_teacher']:9.3f}"
-                         f"{s['copied']:8.2f}{s['contrast']:10.3f}{s['abs_contrast']:12.3f}{s['kl_by_bucket'][0]:11.2f}")
-    return "\n".join(lines) + (
-        "\ncopied: share of tokens to which the teacher, having read y, gives more than .99; contrast: log p(y_t) after the"
-        "\nphrase for wrong minus after the one for right. A contrast near 0 beside a large KL: the teacher copies what it"
-        "\nread, whatever it was told, and the KL carries no verdict.")
+        if summary[name]["responses"]:
+            lines.append(f"{name:8s}" + " ".join(f"{summary[name][column]:13.5g}" for column in columns))
+    return "\n".join(lines) + """
+copied: share of tokens to which the teacher, having read y, gives more than .99. contrast: log p(y_t) after
+the phrase for wrong minus after the one for right. Where it is small beside logp_teacher - logp_student, the
+teacher copies what it has read, whatever it was told, and the KL carries no verdict."""
 
 
 HEAT_PAGE = """<!doctype html><meta charset="utf-8"><title>Where the reviser disagrees</title>
 <style>body{font:15px/1.9 monospace;max-width:75em;margin:2em auto;padding:0 1em}
 span{padding:2px 0;white-space:pre-wrap} h3{font:bold 15px sans-serif;margin:1.6em 0 .2em}</style>
-<p style="font-family:sans-serif">Each token is coloured by log p_student - log p_reviser: <span style="background:
-rgba(220,40,40,.6)">red</span> where the reviser, told the outcome, finds the token less likely than the student did,
-<span style="background:rgba(40,90,220,.6)">blue</span> where more likely. Hover for the numbers.</p>
+<p style="font-family:sans-serif">Each token is coloured by log p_student - log p_reviser:
+<span style="background:rgba(220,40,40,.6)">red</span> where the reviser, told the outcome, finds it less
+likely than the student did, <span style="background:rgba(40,90,220,.6)">blue</span> where more likely.
+Hover for the numbers.</p>
 """
 
 
@@ -342,8 +342,9 @@ def heat_row(tokenizer, row, ids, difference, kl):
     spans = []
     for token, d, k in zip(ids, difference, kl):
         colour = "220,40,40" if d > 0 else "40,90,220"
-        spans.append(f'<span style="background:rgba({colour},{min(abs(d) / 3, 1) * 0.8:.2f})" title="log ratio {d:+.2f}, '
-                     f'KL {k:.3f}">{html.escape(tokenizer.decode([token]))}</span>')
+        style = f"background:rgba({colour},{min(abs(d) / 3, 1) * 0.8:.2f})"
+        spans.append(f'<span style="{style}" title="log ratio {d:+.2f}, KL {k:.3f}">'
+                     f"{html.escape(tokenizer.decode([token]))}</span>")
     outcome = "right" if row["y_init_correct"] else "wrong"
     title = f"{html.escape(str(row['id']))} · {outcome} · answer {html.escape(str(row.get('answer')))}"
     return f"<h3>{title}</h3>{''.join(spans)}\n"
@@ -358,8 +359,8 @@ def draw_buckets(summary, path):
         if summary[name]["responses"]:
             ax.plot(range(1, 21), summary[name]["kl_by_bucket"], marker="o", ms=3, color=colour,
                     label=f"{name} ({summary[name]['responses']})")
-    ax.set(xlabel="tokens of a response, sorted by KL, in 20 equal buckets", ylabel="share of the response's KL",
-           title="Self-localisation: where the KL sits")
+    ax.set(xlabel="tokens of a response, sorted by KL, in 20 equal buckets",
+           ylabel="share of the response's KL", title="Self-localisation: where the KL sits")
     ax.set_ylim(bottom=0)
     ax.set_xticks((1, 5, 10, 15, 20))
     ax.legend(title="y_init was")

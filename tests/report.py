@@ -1,4 +1,4 @@
-"""The end of `make demo`: reads what the scripts wrote and prints the table; draws report.png.
+"""The end of `make demo` and `make real`: reads what the scripts wrote and prints the table; draws report.png.
 
     python tests/report.py runs/demo
 """
@@ -20,16 +20,21 @@ def main(out):
     steps = [json.loads(line) for line in open(os.path.join(out, "sdzero", "metrics.jsonl"))]
     collect, rft = read("collect", "summary.json"), read("collect_rft", "summary.json")
 
-    lines = [f"{'':8s} {'accuracy':>8s} {'95 % interval':>15s} {'tokens':>7s} {'truncated':>10s} {'first':>7s} {'revised':>8s} {'net':>7s}"]
+    toy = os.path.isdir(os.path.join(out, "toy"))  # its answers are numbers, so that a first answer is easily found
+    columns = ["accuracy", "95 % interval", "tokens", "truncated", *(["first"] if toy else []), "revised", "net"]
+    lines = [" ".join([" " * 8, *(f"{name:>13s}" for name in columns)])]
     for key, name in NAMES.items():
         r = results[key]
         low, high = r["init_accuracy_95"]
-        lines.append(f"{name:8s} {r['init_accuracy']:8.3f} {f'[{low:.3f}, {high:.3f}]':>15s} {r['init_mean_tokens']:7.1f} "
-                     f"{r['init_truncated']:10.3f} {first_answer(out, key):7.3f} {r['revised_accuracy']:8.3f} {r['net_correction']:+7.2f}")
+        cells = [f"{r['init_accuracy']:.3f}", f"[{low:.3f}, {high:.3f}]", f"{r['init_mean_tokens']:.1f}", f"{r['init_truncated']:.3f}",
+                 *([f"{first_answer(out, key):.3f}"] if toy else []), f"{r['revised_accuracy']:.3f}", f"{r['net_correction']:+.2f}"]
+        lines.append(" ".join([f"{name:8s}", *(f"{cell:>13s}" for cell in cells)]))
     print("\n".join(lines))
-    print(f"\n{results['base']['problems']} held-out problems, temperature {results['base']['temperature']}. accuracy: of the whole "
-          "response (its last \\boxed{}); first: of the first \\boxed{} in it;\nrevised: of one more attempt after P_r; net: share "
-          "of the errors which that attempt removes, negative where it adds some.")
+    base = results["base"]
+    print(f"\n{base['problems']} held-out problems, {base['init_total'] // base['problems']} responses each, temperature "
+          f"{base['temperature']}. accuracy: of the whole response (its last \\boxed{{}}); "
+          + ("first: of the first \\boxed{} in it; " if toy else "") + "revised: of one more attempt after P_r;\n"
+          "net: share of the errors which that attempt removes, negative where it adds some.")
     print(f"SRT: {collect['init_total']} + {collect['revised_total']} generations, {collect['kept']} tuples kept "
           f"({collect['kept_after_wrong_init']} after a wrong y_init). RFT: {rft['init_total']} generations, {rft['init_correct']} right.")
 
@@ -47,7 +52,8 @@ def main(out):
     x = [row["step"] + 1 for row in steps]
     axes[2].plot(x, [row["reward"] for row in steps], color="tab:blue", label="reward")
     axes[2].plot(x, [row["loss"] for row in steps], color="tab:red", label="KL per token, nats")
-    axes[2].set(title="phase 2: reward and KL", xlabel="step")
+    axes[2].plot(x, [row["entropy"] for row in steps], color="tab:purple", label="entropy per token, nats")
+    axes[2].set(title="phase 2: reward, KL, entropy", xlabel="step")
     axes[2].set_ylim(bottom=0)
     axes[2].legend()
     axes[3].plot(x, [row["response_len"] for row in steps], color="tab:blue")
