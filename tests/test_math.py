@@ -143,7 +143,7 @@ def test_the_table_shows_a_difference():
     ("2^{1000} \\pi", "(2^{1000}+1) \\pi"), ("e^{-200}", "e^{-300}"), ("\\frac{1}{2004!}", "\\frac{1}{3004!}"),
     ("x=x", "y=y"), ("x^2=-1", "x=x"), ("x^2=4", "\\sin^2 x+\\cos^2 x=1"), ("f'(x)=2x", "f(x)=2x"), ("ab", "AC"),
     ("3:4", "4:3"), ("1:2", "2:4:1"), ("4:30", "2:15"), ("\\lfloor\\log_2 n\\rfloor", "\\lfloor\\log_2 q\\rfloor"),
-    ("\\gamma^2-1", "\\gamma^2-8"), ("3 u(t)", "9 u(t)"), ("x=1, y=2, z=3", "3, 2, 1"), ("\\Delta", "\\delta"),
+    ("\\gamma^2-1", "\\gamma^2-8"), ("3 u(t)", "9 u(t)"), ("\\Delta", "\\delta"),
     ("3", "\\sqrt[3]{27}x"), ("12", "1 2"), ("1<x<2", "1<x<3"), ("x \\ge 5", "x>5"), ("x<5", "x>5"),
 ])
 def test_not_equal_in_either_direction(gold, answer):
@@ -151,7 +151,7 @@ def test_not_equal_in_either_direction(gold, answer):
 
 
 @pytest.mark.parametrize("gold", ["", "\\frac{}{", "nan", "???", "\\text{nan}", "inf", "a proof that " + "very " * 40 + "long", "{",
-                                  "\\", "np.arcsin(10/13)", "\\text{}", "1 2 3 = =", "(((", ",,", "$$", "\\frac{5}{0}", "x=x"])
+                                  "\\", "np.arcsin(10/13)", "\\text{}", "1 2 3 = =", "(((", ",,", "$$", "\\frac{5}{0}", "2+2=4"])
 def test_gold_that_cannot_be_parsed_is_dropped(gold):
     assert math.gold({"answer": gold}) == (None, "gold cannot be parsed" if gold else "no answer")
     assert verdict(gold, "5") == "wrong"
