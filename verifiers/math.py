@@ -5,7 +5,6 @@ names (`x =`), brackets and units are taken apart; math-verify reads the rest, a
 import random
 import re
 import sys
-
 import math_verify
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig as Config, latex2sympy
@@ -125,7 +124,8 @@ def split(text):
 def value(text):
     """What math-verify's parser reads in one value or equation. Raises ValueError where it reads nothing."""
     try:
-        read = latex2sympy(text, normalization_config=None, conversion_config=Config(lowercase_symbols=False))
+        read = sympy.Integer(text) if text.isdecimal() else latex2sympy(
+            text, normalization_config=None, conversion_config=Config(lowercase_symbols=False))
     except Exception as e:  # its grammar raises bare Exceptions
         raise (e if isinstance(e, MemoryError) else ValueError(f"no value: {text[:40]}")) from e
     functions = {f: sympy.Symbol(str(f)) for f in read.atoms(sympy.core.function.AppliedUndef)}  # f(x)
