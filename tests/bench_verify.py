@@ -3,6 +3,8 @@ Speed of verdicts, as ratios within one run, since machines differ.
 
     python tests/bench_verify.py [--workers 2] [--pairs 400] [--programs 60]
 
+alone   microseconds a verdict of verifiers/math.py, of raw math-verify and of string match, in this process, on pairs as
+        of GSM8K; and its agreement on the labelled pairs is printed by tests/test_math.py.
 math    verdicts per second of the Judge / (those of raw math-verify in one process x workers), on distinct pairs; at
         least 0.9 is wanted. `mixed` is what data sets ask (mostly numbers); `expressions` are the slow ones alone.
 pool    seconds until the first verdict; less than 2 is wanted.
@@ -42,9 +44,34 @@ def mixed(rng):
         expressions(rng), expressions(rng)])
 
 
+def numbers(rng):
+    """(gold, right or wrong answer) as of GSM8K."""
+    a, b = (rng.randint(2, 10**4) for _ in range(2))
+    return rng.choice([(str(a), str(a)), (str(a), str(a)), (str(a), str(b)), (str(a), f"\\${a:,}"), (str(a), f"{a}.00"),
+                       (str(a), f"{a}\\text{{ dollars}}"), (str(a), f"{a}\\%")])
+
+
+def bench_alone(pairs):
+    import math_verify
+    judge, last_boxed = verify.load_verifier("math").judge, verify.load_verifier("math").last_boxed
+    rng = random.Random(0)
+    some = [(gold, f"So it is $\\boxed{{{answer}}}$.") for gold, answer in (numbers(rng) for _ in range(pairs))]
+    judges = {
+        "this judge": lambda gold, response: judge(gold, response, None),
+        "math-verify": lambda gold, response: math_verify.verify(
+            math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=None), math_verify.parse(response, parsing_timeout=None),
+            timeout_seconds=None),
+        "exact match": lambda gold, response: last_boxed(response) == gold}
+    for name, said in judges.items():
+        said("2x", "\\boxed{x+x}")  # makes the parser's tables
+        started = time.time()
+        for gold, response in some:
+            said(gold, response)
+        print(f"alone, {name:12s} {1e6 * (time.time() - started) / len(some):7.0f} us a verdict", flush=True)
+
+
 def bench_math(kind, pairs, workers):
     import math_verify
-    logging.disable(logging.WARNING)
     rng = random.Random(0)
     distinct = list(dict.fromkeys(kind(rng) for _ in range(20 * pairs)))
     # The parser's tables grow with what it has seen, in each process: both sides are warmed up on other pairs first.
@@ -63,7 +90,7 @@ def bench_math(kind, pairs, workers):
         return time.time() - started
 
     seconds = [0.0, 0.0]
-    with verify.Judge(workers=workers) as judge:
+    with verify.Judge("math", workers=workers) as judge:
         raw(warm[:100])
         ours(judge, warm)
         for i in range(4):  # in turns, since the machine may have other things to do
@@ -76,7 +103,7 @@ def bench_math(kind, pairs, workers):
 
 def bench_start(workers):
     started = time.time()
-    with verify.Judge(workers=workers) as judge:
+    with verify.Judge("math", workers=workers) as judge:
         judge([verify.Problem("", "", "x")], ["\\boxed{y}"])
         print(f"pool of {workers} workers: first verdict after {time.time() - started:.2f} s", flush=True)
 
@@ -92,14 +119,14 @@ def bench_code(programs, workers):
         bare = (time.time() - started) / programs
     started = time.time()
     for _ in range(programs):
-        assert verify.run_program("python3 -I main.py", {"main.py": source.encode()}, b"1 2\n").output == b"3\n"
+        assert verify.load_verifier("code").run_program("python3 -I main.py", {"main.py": source.encode()}, b"1 2\n").output == b"3\n"
     inside = (time.time() - started) / programs
     print(f"sandbox: {1000 * inside:.1f} ms a run, bare subprocess {1000 * bare:.1f} ms   ratio {inside / bare:.2f}", flush=True)
     tests = {"cases": [["1 2\n", "3\n"], ["4 5\n", "9\n"]], "entry_point": None, "seconds": None, "tolerance": None}
-    problem = verify.Problem("", "", None, "code", "stdin", tests)
+    problem = verify.Problem("", "", tests, "code", "stdin")
     cpp = "#include <iostream>\nint main() { int a, b; std::cin >> a >> b; std::cout << a + b; }\n"
-    with verify.Judge(workers=workers) as judge:
-        judge([verify.Problem("", "", "x")] * workers, ["\\boxed{y}"] * workers)
+    with verify.Judge("code", workers=workers) as judge:
+        judge([problem] * workers, ["no program"] * workers)
         for name, text, count in (("python", source, programs), ("cpp", cpp, programs // 4)):
             started = time.time()
             verdicts = judge([problem] * count, [f"```{name}\n{text}```"] * count)
@@ -113,10 +140,12 @@ def main():
     parser.add_argument("--pairs", type=int, default=400)
     parser.add_argument("--programs", type=int, default=60)
     args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    bench_alone(args.pairs)
     bench_start(args.workers)
     bench_math(mixed, args.pairs, args.workers)
     bench_math(expressions, args.pairs, args.workers)
-    verify.check_sandbox()
+    verify.load_verifier("code").check({"seconds": 5.0, "memory": 1.0, "sandbox": True})
     bench_code(args.programs, args.workers)
 
 

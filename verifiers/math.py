@@ -5,7 +5,6 @@ names (`x =`), brackets and units are taken apart; math-verify reads the rest, a
 import random
 import re
 import sys
-
 import math_verify
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig as Config, latex2sympy
@@ -28,7 +27,7 @@ SPELLINGS = [(re.compile(a), b) for a, b in (  # in this order; words and units 
     (r"°|\^ ?\{? ?\\circ ?\}?|\\degree(?![a-z])", r"\\text{degree}"), (r"\\?%", r"\\text{percent}"),
     (r"(?<=\d)_ ?\{? ?(\d+) ?\}?", r"\\text{base \1}"), (r"'|\^ ?\{?\\prime ?\}?", "_{prime}"),  # 101_2 y'
     (r"\\(?:operatorname\*?|text\w*|math(?:rm|bf|it)|mbox) ?(?=\{)", r"\\text"),
-    (r"\\text\{([^A-Za-z{}(]+)", r"\1\\text{"), (r"\\text\{ *\}", ""),  # \text{5} \text{4:30 p.m.}
+    (r"\\text\{([^A-Za-z{}(]+)", r"\1\\text{"), (r"\\text\{ *\}", ""), (r"\\([gG])amma(?![a-z])", r" X_\1 "),
     (r"_ ?\{? ?\\(?:text ?\{)?(\w+)\}? ?\}?", r"_{\1}"), (r"^ ?\w ?\\in(?![a-z])", ""),  # x_{\max} x \in
     (r"∅|\\varnothing|\\emptyset|\\\{ ?\\\}", r"\\text{empty}"), (r"^ *\\text\{[( ]*(\w)[). ]*\}$", r"\1"),
     (r"(?<=[\d}]) ?((?:[cmk]m|kg|ft|mph|[a-z]{4,})(?:[ /][a-z]+)*)(?=[.,;\^ ]|$)", r"\\text{\1}"),  # 5 cm
@@ -38,7 +37,7 @@ SPELLINGS = [(re.compile(a), b) for a, b in (  # in this order; words and units 
     (r"^ ?(\w) ?= ?([^,=]+), ?(?!\1)(\w) ?= ?([^,=]+)$", lambda m:  # y = 2, x = 1 as (x, y) = (1, 2)
      "({},{})=({},{})".format(*sorted(m.group(1, 3)), *(m.group(2, 4) if m[1] < m[3] else m.group(4, 2)))))]
 NAME = re.compile(r"(\|?(?:\\angle )?(?:\\text\{[^{}]*\}|\\?[A-Za-z]+)(?:_\{\w+ ?\}|_\w)*(?:\([^()]{1,9}\))?"
-                  r"\|?|\([A-Za-z](?:, ?[A-Za-z])+\)) ?(?:=|\\approx) ?([^=]+)")  # x_1 = |AB| = f(x) = (x, y) =
+                  r"\|?|\([A-Za-z](?:, ?[A-Za-z])+\)) ?(?:=|\\approx) ?([^=]+)")  # x_1 = f(x) = (x, y) =
 BRACKETS = re.compile(r"([(\[])((?!.*\\c[au]p).*[,;].*)([)\]])")  # of a tuple or interval
 NO_VALUE = r"[\d^+*/] ?\{?\\infty|\\infty ?[\^+*/-]|[;:\"?#.]|\d +\d|[^\x00-\x7f]|(?<![\\A-Za-z{])[A-Za-z]{4}"
 MEASURED = re.compile(rf"((?:\\text\{{dollar\}})?)((?:(?!\\text|{NO_VALUE}).)*?)"
@@ -105,7 +104,7 @@ def same(gold, answer):
     g, a = MEASURED.fullmatch(gold), MEASURED.fullmatch(answer)
     unit, other = (re.sub(r"\\text|[{}^. ]|(?<=[a-z]{2})s\b", "", (m[1] + m[3]).lower()) for m in (g, a))
     if not g[2] or not a[2]:  # text
-        return unit == other != "nan" and g[2] == a[2]
+        return unit == other and unit not in ("", "nan", "inf", "null") and g[2] == a[2]
     e, f = value(g[2]), value(a[2])
     if e.free_symbols != f.free_symbols or ("=" in gold) != ("=" in answer) or len({unit, other, ""}) > 2:
         return False
@@ -125,7 +124,8 @@ def split(text):
 def value(text):
     """What math-verify's parser reads in one value or equation. Raises ValueError where it reads nothing."""
     try:
-        read = latex2sympy(text, normalization_config=None, conversion_config=Config(lowercase_symbols=False))
+        read = sympy.Integer(text) if text.isdecimal() else latex2sympy(
+            text, normalization_config=None, conversion_config=Config(lowercase_symbols=False))
     except Exception as e:  # its grammar raises bare Exceptions
         raise (e if isinstance(e, MemoryError) else ValueError(f"no value: {text[:40]}")) from e
     functions = {f: sympy.Symbol(str(f)) for f in read.atoms(sympy.core.function.AppliedUndef)}  # f(x)
