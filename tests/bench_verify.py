@@ -117,13 +117,14 @@ def bench_code(programs, workers):
         for _ in range(programs):
             subprocess.run(["/usr/bin/python3", "-I", path], input=b"1 2\n", stdout=subprocess.PIPE, check=True)
         bare = (time.time() - started) / programs
-    started = time.time()
+    started, limits = time.time(), {"seconds": 5.0, "memory": 1.0, "sandbox": True}
     for _ in range(programs):
-        assert verify.load_verifier("code").run_program("python3 -I main.py", {"main.py": source.encode()}, b"1 2\n").output == b"3\n"
+        ended = verify.load_verifier("code").run_program("python3 -I main.py", {"main.py": source.encode()}, "1 2\n", limits, 5.0)
+        assert ended == ("ok", b"3\n")
     inside = (time.time() - started) / programs
     print(f"sandbox: {1000 * inside:.1f} ms a run, bare subprocess {1000 * bare:.1f} ms   ratio {inside / bare:.2f}", flush=True)
     tests = {"cases": [["1 2\n", "3\n"], ["4 5\n", "9\n"]], "entry_point": None, "seconds": None, "tolerance": None}
-    problem = verify.Problem("", "", tests, "code", "stdin")
+    problem = verify.Problem("", "", tests, "code")
     cpp = "#include <iostream>\nint main() { int a, b; std::cin >> a >> b; std::cout << a + b; }\n"
     with verify.Judge("code", workers=workers) as judge:
         judge([problem] * workers, ["no program"] * workers)
