@@ -164,7 +164,12 @@ def keep_best(out, best, step, accuracy, save, keep=3):
 
 def step_problems(step, batch, total, seed):
     """Numbers of the problems of a step: epochs of fresh permutations, one after another."""
-    order = functools.cache(lambda epoch: random.Random(f"{seed}/{epoch}").sample(range(total), total))
+    @functools.cache
+    def order(epoch):
+        numbers = list(range(total))
+        random.Random(f"{seed}/{epoch}").shuffle(numbers)
+        return numbers
+
     return [order(at // total)[at % total] for at in range(step * batch, (step + 1) * batch)]
 
 
@@ -193,8 +198,8 @@ def warn(progress, args):
     if why and not progress["worse"]:
         progress["worse"] = why
         best = f" The best validation: {args.out}/best/step-{progress['best'][0][1]:06d}." if args.val else ""
-        verify.say(f"warning: step {progress['step']}: {why}. A falling KL alone is no learning: the teacher "
-                   f"may only copy y. Try --kl forward, a lower --lr, more wrong -> right tuples.{best}")
+        verify.say(f"warning: step {progress['step']}: {why}. The teacher may only copy y: kl.py tells. Lower --lr, "
+                   f"or give SRT more wrong -> right tuples (docs/real.md).{best}")
     return bool(why) and args.stop_when_worse
 
 
