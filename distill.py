@@ -198,8 +198,8 @@ def warn(progress, args):
     if why and not progress["worse"]:
         progress["worse"] = why
         best = f" The best validation: {args.out}/best/step-{progress['best'][0][1]:06d}." if args.val else ""
-        verify.say(f"warning: step {progress['step']}: {why}. The teacher may only copy y: kl.py tells. Lower --lr, "
-                   f"or give SRT more wrong -> right tuples (docs/real.md).{best}")
+        verify.say(f"warning: step {progress['step']}: {why}. The teacher may only copy y (see kl.py): lower "
+                   f"--lr, or give SRT more wrong -> right tuples (docs/real.md).{best}")
     return bool(why) and args.stop_when_worse
 
 

@@ -310,7 +310,7 @@ def read_responses(path, most, vocabulary):
                 kinds[row["y_init_correct"]].setdefault((row["id"], row["sample"]), row)
     right, wrong = (list(kinds[ok].values()) for ok in (True, False))
     if not right + wrong:
-        verify.fail(f"--responses {path} holds no y_init; srt.py writes such a file")
+        verify.fail(f"--responses {path} holds no responses; srt.py writes such a file")
     return (right[:max(most - len(wrong), most // 2)] + wrong)[:most]
 
 
