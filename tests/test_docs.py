@@ -20,10 +20,10 @@ SCRIPTS = ["verify.py", "srt.py", "sft.py", "kl.py", "distill.py"]
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("verifiers/*.py"), *ROOT.glob("tests/*.py"), ROOT / "Makefile"]
 TEXT = "\n".join(path.read_text() for path in SOURCES if path.name != "test_docs.py")
 WORDS = set(re.findall(r"\w+", TEXT))
-# flags of torchrun, srun, pip and vLLM's tools that the pages name
+# of torchrun
 OTHER_FLAGS = set("--nproc_per_node --nnodes --node_rank --master_addr --master_port --standalone".split())
 OWN_FILES = {"my_reward.py", "x.py"}  # stand for the reader's own, for any script
-OTHER_WORDS = {"torchrun", "bf16"}
+OTHER_WORDS = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
 
 
 # ------------------------------------------------------------------------------------------------ what is in a page
@@ -71,7 +71,7 @@ def commands(page):
     for line, words, whole in lines:
         at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
         starts = words[:1] and words[0] in ("python", "torchrun", "run", ".venv/bin/python", words[at or 0])
-        if at is None or not starts or words[at] in OWN_FILES:
+        if at is None or not starts or words[at] in OWN_FILES or len(words) == 1:
             continue
         arguments = words[at + 1:]
         ends = next((i for i, word in enumerate(arguments) if word in ("...", ">", "|", "||", "&&")), None)
@@ -103,7 +103,7 @@ def parser_of(script):
 
 
 def complaint(script, arguments, whole):
-    """What is wrong with the arguments of a script, or None; of a shortened command nothing is required."""
+    """What is wrong with the arguments of a script, or None. whole=False: what is missing may be missing."""
     if script_of(script) is None:
         return "there is no such script"
     parser = parser_of(script_of(script))
@@ -120,7 +120,7 @@ def complaint(script, arguments, whole):
                 action.required = whole
             parser.parse_args(arguments)
     except argparse.ArgumentTypeError as e:
-        return str(e)
+        return str(e) if whole or "expected one argument" not in str(e) else None
     finally:
         for action in required:
             action.required = True
