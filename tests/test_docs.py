@@ -214,7 +214,7 @@ def test_the_own_reward_works(tmp_path):
     (tmp_path / "my_reward.py").write_text(source)
     verifier = verify.load_verifier(str(tmp_path / "my_reward.py"))
     assert verifier.gold({"value": 250}) == (250, None) and verifier.gold({})[0] is None
-    says = {"It is about 249.": "right", "First 250, then 1,250": "wrong", "I do not know": "no answer",
+    says = {"It is about 249.": "right", "247": "wrong", "First 250, then 1,250": "wrong", "I do not know": "no answer",
             "well " * 200 + "250": "too long"}
     assert {response: verifier.judge(250, response, {}) for response in says} == says
 
