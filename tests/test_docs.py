@@ -1,6 +1,6 @@
 """
-README.md and docs/*.md against the project: commands parse by the script's own parser, names exist, links lead
-somewhere. What is looked at: fenced blocks, and what stands between backticks in a line.
+README.md and docs/*.md against the project: commands parse by the script's own parser, names exist, links
+lead somewhere. What is looked at: fenced blocks, and what stands between backticks.
 """
 import argparse
 import functools
@@ -26,7 +26,7 @@ OWN_FILES = {"my_reward.py", "x.py"}  # stand for the reader's own, for any scri
 OTHER_WORDS = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
 
 
-# ------------------------------------------------------------------------------------------------ what is in a page
+# ----------------------------------------------------------------------------------------- what is in a page
 
 
 def fences(page):
@@ -42,7 +42,7 @@ def spans(page):
 
 
 def words_of(line, variables):
-    """A command line in words, comments gone, variables that the block sets expanded; [] where it is none."""
+    """A line in words, comments gone, variables that the block sets expanded; [] where it is no command."""
     line = re.sub(r"\$\{?(\w+)\}?", lambda m: variables.get(m[1], m[0]), line)
     try:
         return shlex.split(line, comments=True)
@@ -80,7 +80,7 @@ def commands(page):
     return found
 
 
-# -------------------------------------------------------------------------------------------------------- parsers
+# --------------------------------------------------------------------------------------------------- parsers
 
 
 @functools.cache
@@ -95,8 +95,9 @@ def parser_of(script):
     if "argparse" not in (ROOT / script).read_text():
         return None
     module = importlib.import_module(Path(script).stem)
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args), pytest.raises(Caught) as caught:
-        getattr(module, "parse_args", module.main)()
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args):
+        with pytest.raises(Caught) as caught:
+            getattr(module, "parse_args", module.main)()
     parser, = caught.value.args
     parser.allow_abbrev = False
     return parser
@@ -130,10 +131,11 @@ def complaint(script, arguments, whole):
 def all_flags():
     scripts = [*SCRIPTS, *(f"tests/{path.name}" for path in (ROOT / "tests").glob("bench_*.py")),
                "tests/chaos.py", "tests/toy.py"]
-    return {flag for script in scripts for action in parser_of(script)._actions for flag in action.option_strings}
+    actions = [action for script in scripts for action in parser_of(script)._actions]
+    return {flag for action in actions for flag in action.option_strings}
 
 
-# ----------------------------------------------------------------------------------------------------------- names
+# ----------------------------------------------------------------------------------------------------- names
 
 
 def unknown(span):
@@ -179,7 +181,7 @@ def broken_links(page):
             yield target
 
 
-# ----------------------------------------------------------------------------------------------------------- tests
+# ----------------------------------------------------------------------------------------------------- tests
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -214,8 +216,8 @@ def test_the_own_reward_works(tmp_path):
     (tmp_path / "my_reward.py").write_text(source)
     verifier = verify.load_verifier(str(tmp_path / "my_reward.py"))
     assert verifier.gold({"value": 250}) == (250, None) and verifier.gold({})[0] is None
-    says = {"It is about 249.": "right", "247": "wrong", "First 250, then 1,250": "wrong", "I do not know": "no answer",
-            "well " * 200 + "250": "too long"}
+    says = {"It is about 249.": "right", "247": "wrong", "First 250, then 1,250": "wrong",
+            "I do not know": "no answer", "well " * 200 + "250": "too long"}
     assert {response: verifier.judge(250, response, {}) for response in says} == says
 
 
