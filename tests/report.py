@@ -1,6 +1,7 @@
 """The end of `make demo` and `make real`: reads what the scripts wrote and prints the table; draws report.png.
 
     python tests/report.py runs/demo
+    python tests/report.py docs/real.png docs/real/*.jsonl      # metrics of several runs of phase 2 over each other
 """
 import json
 import os
@@ -72,5 +73,22 @@ def first_answer(out, key):
     return sum(first(row["y_init"]) == row["answer"] for row in rows) / len(rows)
 
 
+def curves(path, runs):
+    """Draws reward, length, truncated share, entropy and KL of several metrics.jsonl of distill.py."""
+    panels = {"reward": "reward", "response_len": "tokens of a response", "truncated": "share truncated",
+              "entropy": "entropy, nats per token", "kl_wrong": "KL on wrong y, nats per token"}
+    fig, axes = plt.subplots(1, len(panels), figsize=(17, 3.4), layout="constrained")
+    for run in runs:
+        rows = [json.loads(line) for line in open(run)]
+        for ax, name in zip(axes, panels):
+            seen = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            ax.plot(*zip(*seen), marker=".", label=os.path.basename(run).removesuffix(".jsonl"))
+    for ax, title in zip(axes, panels.values()):
+        ax.set(title=title, xlabel="step")
+        ax.set_ylim(bottom=0)
+    axes[0].legend(fontsize=8)
+    fig.savefig(path, dpi=110)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1]) if len(sys.argv) == 2 else curves(sys.argv[1], sys.argv[2:])

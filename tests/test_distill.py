@@ -133,6 +133,15 @@ def test_a_step_without_rows_makes_no_update(qwen, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("mode", ["math", "code"])
+def test_the_toy_reads_all_but_the_instruction(qwen, mode):
+    """A change of the prompt must not vanish in the toy's chat template."""
+    tokenizer = verify.load_tokenizer(qwen)
+    read = lambda text: tokenizer.decode(verify.chat_ids(tokenizer, verify.Problem("p", text, "3", mode)))
+    assert read("1+2=?") == "<|im_start|>user\n1+2=?<|im_end|>\n<|im_start|>assistant\n"
+    assert read("1+2=?\n\n3") == "<|im_start|>user\n1+2=?\n\n3<|im_end|>\n<|im_start|>assistant\n"
+
+
 def test_a_moving_teacher_is_held_in_fp32(qwen, ranks):
     """A step that bf16 would round away moves it."""
     student, teacher = (sft.load_model(qwen, ranks, sft.make_mesh(ranks), torch.bfloat16, trainable=trainable, held=torch.float32)

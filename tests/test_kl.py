@@ -121,6 +121,17 @@ def test_teacher_of_another_width():
     close(*both("reverse", hidden_t=40, chunk=4))
 
 
+def test_a_teacher_that_copies():
+    """q = (1 - e) onehot(y) + e p for y ~ p: in expectation forward KL pulls nowhere, reverse KL lowers the entropy (docs/real.md)."""
+    log_p = (2 * torch.randn(1, V, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).log_softmax(-1)
+    p, e = log_p.exp()[0], 0.01
+    log_q = ((1 - e) * torch.eye(V, dtype=torch.float64) + e * p).log()  # a row for each y
+    forward, reverse = (p @ kl.divergence(log_p.expand(V, V), log_q, kind)[1] for kind in ("forward", "reverse"))
+    assert forward.abs().max() < 1e-12 and reverse.abs().max() > 0.01
+    of_entropy = -p * (log_p[0] - (p * log_p[0]).sum())  # its gradient in the logits
+    assert (of_entropy * -reverse).sum() < -0.05  # along a step of descent
+
+
 def test_tied_head():
     """The head is the embedding: its gradient is the sum of both uses, as autograd has it."""
     hs, ws, ht, wt, w = inputs()

@@ -22,14 +22,19 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import verify
 
 MOD, STEPS, OPS = 11, 5, "+-*"
 P_0 = "Wait, this response is wrong. Let me correct it."
@@ -42,12 +47,18 @@ SPLITS = {"test": 0, "val": 1, "train": 2}
 # A word carries its leading space, so decoding is plain concatenation.
 PIECES = r"\n\n|\n| \\boxed\{|10|[0-9]| ?[A-Za-z]+|[^A-Za-z0-9]"
 
-# The model sees the user message up to its first newline. The project appends an instruction to answer in
-# \boxed{}; the toy always does, so the instruction would only cost tokens.
+# The project appends an instruction to answer in \boxed{} (or in a fenced block); the toy always does, so that it would
+# only cost tokens: the template leaves it out, and nothing else.
+def literal(text):
+    """A string as Jinja writes it."""
+    return "'" + text.replace("\\", "\\\\").replace("\n", "\\n") + "'"
+
+
+WITHOUT = "".join(f".replace({literal(chr(10) * 2 + verify.load_verifier(mode).INSTRUCTION)}, '')" for mode in ("math", "code"))
 QWEN_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' %}{{ m['content'] + '<|im_end|>' }}"
-    "{% else %}{{ m['content'].split('\n')[0] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% else %}{{ m['content']" + WITHOUT + " + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # As Olmo 3 does, a system turn comes first, so code with a hard-wired ChatML prompt fails here.
