@@ -525,7 +525,7 @@ def descendants(pid):
     found = [pid]
     for pid in found:
         for path in glob.glob(f"/proc/{pid}/task/*/children"):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(path) as f:  # it may have ended
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(path) as f:  # it may end
                 found += map(int, f.read().split())
     return found
 

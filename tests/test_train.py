@@ -29,9 +29,9 @@ def sampled_rows(tokenizer, family, problems_file, max_teacher_len=4096):
     rows = []
     for row in make_rows(tokenizer, problems_file, family):
         problem, y = verify.Problem.of_row(row), row["y_init_tokens"]
-        sample = srt.Sample(None, y, [-1.0] * len(y), False)
-        rows.append(distill.make_row(tokenizer, verify.PHRASES[family], problem, verify.chat_ids(tokenizer, problem),
-                                     sample, row["y_init_correct"], max_teacher_len))
+        x, sample = verify.chat_ids(tokenizer, problem), srt.Sample(None, y, [-1.0] * len(y), False)
+        rows.append(distill.make_row(tokenizer, verify.PHRASES[family], problem, x, sample,
+                                     row["y_init_correct"], max_teacher_len))
     return rows
 
 
@@ -512,7 +512,8 @@ def test_the_teacher_does_not_train(qwen, ranks):
             p.mul_(1.5)
     distill.move_teacher(teacher, student)
     head = distill.whole_head(teacher, torch.float32)
-    assert student.training and not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert student.training and not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
     assert torch.equal(head, student.get_output_embeddings().weight.full_tensor())
     for a, b in zip(student.parameters(), teacher.parameters(), strict=True):
         assert torch.equal(a.full_tensor(), b.full_tensor())
