@@ -121,6 +121,19 @@ def test_a_run_that_gets_worse(guesser, tmp_path):
     assert (tmp_path / "ends/final").exists() is False and "saved" in start("ends")  # without the flag it goes on
 
 
+def test_a_finished_run_goes_on_with_more_steps(qwen, tmp_path):
+    """Whatever --save_every: 3 steps and then 2 more end as 5 do."""
+    data = write_problems(tmp_path / "data.jsonl", 8)
+    start = lambda out, *more: run("distill.py", "--model", qwen, "--data", data, "--out", tmp_path / out, "--batch", 4, "--lr", "1e-3",
+                                   "--max_tokens", 8, "--engine", "hf", "--save_every", 2, *more).stdout
+    start("two", "--steps", 3)
+    assert "from step 3" in start("two", "--steps", 5)
+    start("one", "--steps", 5)
+    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / out / "final").state_dict() for out in ("one", "two"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert [r["loss"] for r in read(tmp_path / "one/metrics.jsonl")] == [r["loss"] for r in read(tmp_path / "two/metrics.jsonl")]
+
+
 def test_a_step_without_rows_makes_no_update(qwen, tmp_path):
     """No prompt leaves room for two copies of y: such steps are counted, and the weights stay."""
     data = write_problems(tmp_path / "data.jsonl", 6)
