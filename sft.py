@@ -54,7 +54,7 @@ from kl import chunked_ce
 from verify import fail, natural, positive, within
 
 # flags that a run that goes on may change: none of them moves a row to another step
-FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype attn checkpointing compile"
+FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype checkpointing compile"
 
 # ------------------------------------------------------------------------------------------ packed attention
 
@@ -67,18 +67,18 @@ if torch.ops.torch_attn._varlen_attn not in flop_registry:  # torch 2.11: it wou
         return 4 * math.prod(q) * longest  # q is a shape, (T, H, D); no mask, as torch counts
 
 
-def packed_attention(module, q, k, v, attention_mask, scaling=None, sliding_window=None, cu_seq_lens_q=None,
-                     max_length_q=None, segments=None, **_):
+def packed_attention(module, q, k, v, attention_mask, scaling=None, sliding_window=None, starts=None,
+                     longest=None, segments=None, **_):
     """
     Causal attention within each of the rows that are packed one after another; no row sees another.
-    q [1, H, T, D]; k, v [1, H_kv, T, D]; row i starts at cu_seq_lens_q[i], on a CPU at segments[i]. With a
+    q [1, H, T, D]; k, v [1, H_kv, T, D]; row i starts at starts[i], on a CPU at segments[i]. With a
     sliding_window w a token sees w tokens, itself included. Returns ([1, T, H, D], None).
     """
     if segments is None:
         q, k, v = (a[0].transpose(0, 1) for a in (q, k, v))  # [T, H, D]
         window = (sliding_window - 1 if sliding_window else -1, 0)
-        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
-                          window_size=window, **GROUPED)
+        out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=window,
+                          **GROUPED)
         return out[None], None
     outs = []
     for start, stop in itertools.pairwise(segments):
@@ -111,14 +111,12 @@ def pack(lengths, budget, device):
     Row numbers in bins of at most `budget` tokens, by first fit, from longest to shortest; a longer row has
     its own. Empty bins follow until every rank has as many: all must enter each collective.
     """
-    bins, room = [], []
+    bins = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        b = next((b for b, free in enumerate(room) if free >= lengths[i]), len(bins))
-        if b == len(bins):
-            bins.append([])
-            room.append(budget)
-        bins[b].append(i)
-        room[b] -= lengths[i]
+        b = next((b for b in bins if sum(lengths[j] for j in b) + lengths[i] <= budget), [])
+        if not b:
+            bins.append(b)
+        b.append(i)
     most = torch.tensor(len(bins), device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return bins + [[] for _ in range(int(most) - len(bins))]
@@ -131,10 +129,9 @@ def make_mesh(ranks):
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
     if ranks.world % per_node:
         fail(f"{ranks.world} ranks on nodes of {per_node}: every node must run as many")
-    if per_node == ranks.world:
-        return init_device_mesh(ranks.device.type, (per_node,), mesh_dim_names=("shard",))
-    shape = (ranks.world // per_node, per_node)
-    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    shape = ranks.world // per_node, per_node
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return mesh["shard"] if shape[0] == 1 else mesh
 
 
 def set_compiler(checkpointing):
@@ -146,7 +143,7 @@ def set_compiler(checkpointing):
     torch._functorch.config.is_non_builtin_to_include = checkpointing  # attention is among what it may keep
 
 
-def load_model(path, ranks, mesh, dtype, attn="packed", trainable=True, checkpointing=False, compile=False,
+def load_model(path, ranks, mesh, dtype, trainable=True, checkpointing=False, compile=False,
                held=torch.float32):
     """
     A causal LM under FSDP2: weights held in `held`, gradients and their sums in fp32, compute in `dtype`.
@@ -154,7 +151,7 @@ def load_model(path, ranks, mesh, dtype, attn="packed", trainable=True, checkpoi
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
     AttentionInterface.register("packed", packed_attention)
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attn)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="packed")
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     torch._dynamo.config.recompile_limit = 64  # student, teacher, ranges of lengths share a layer's code
     if trainable:
@@ -179,11 +176,11 @@ def packed_forward(model, batch, select, loss):
     loss(hidden [n, H], head weight [V, H]) at the positions `select` [n] of a Batch. In here FSDP has the
     whole weight of the head at hand: outside it is a shard.
     """
-    where = dict(cu_seq_lens_q=batch.starts, cu_seq_lens_k=batch.starts, max_length_q=batch.longest,
-                 max_length_k=batch.longest, segments=None if batch.ids.is_cuda else batch.segments)
+    segments = None if batch.ids.is_cuda else batch.segments
     # not get_decoder()(...): where vLLM runs a model by transformers (Olmo 3), it has put its __call__ there
     hidden = torch.nn.Module.__call__(model.get_decoder(), input_ids=batch.ids[None], use_cache=False,
-                                      position_ids=batch.positions[None], **where).last_hidden_state[0]
+                                      position_ids=batch.positions[None], starts=batch.starts,
+                                      longest=batch.longest, segments=segments).last_hidden_state[0]
     return loss(hidden[select], model.get_output_embeddings().weight)
 
 
@@ -221,17 +218,16 @@ def forward_flops(config, lengths, head_tokens):
     2 n per token for a matrix of n weights; 4 D per layer, head, query and key that it sees (q.k, sum of v).
     A training step is 3 times that; what is computed again is not counted.
     """
-    c = config
+    c, flops = config, 2 * head_tokens * config.hidden_size * config.vocab_size
     D = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     qkvo = 2 * c.hidden_size * D * (c.num_attention_heads + c.num_key_value_heads)
-    layer_weights = qkvo + 3 * c.hidden_size * c.intermediate_size
-    total = 2 * head_tokens * c.hidden_size * c.vocab_size
+    weights = qkvo + 3 * c.hidden_size * c.intermediate_size
     for kind in getattr(c, "layer_types", None) or ["full_attention"] * c.num_hidden_layers:
         for T in lengths:
             window = min(T, c.sliding_window) if kind == "sliding_attention" else T
             pairs = window * (window + 1) // 2 + (T - window) * window
-            total += 2 * layer_weights * T + 4 * D * c.num_attention_heads * pairs
-    return total
+            flops += 2 * weights * T + 4 * D * c.num_attention_heads * pairs
+    return flops
 
 
 def mfu(flops, seconds, world):
@@ -242,13 +238,12 @@ def mfu(flops, seconds, world):
 
 
 def memory():
-    """GiB of this process: held_gb now, peak_gb since the last call; on a CPU resident ones, peak ever."""
-    if torch.cuda.is_available():
-        peak, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    """GiB of this rank: peak_gb since the last call, held_gb now; on a CPU both are the process's peak."""
+    if not torch.cuda.is_available():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return {"peak_gb": peak, "held_gb": peak}
+    peak, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     return {"peak_gb": peak / 2**30, "held_gb": held / 2**30}
 
 
@@ -333,41 +328,30 @@ class Saver:
     def after_step(self, step, tensors, progress, last=False):
         """
         All ranks call it after each step. tensors(): what training_state gives; progress: what else to keep.
-        True if the loop must stop here, its state whole. Raises what broke a write, on every rank.
+        True if the loop must stop here, its state whole. Raises what broke the write before, as wait() does.
         """
-        broken = self.writing and self.writing.done() and self.writing.exception()
-        flags = torch.tensor([len(self.caught), bool(broken)], device=self.device)
-        dist.all_reduce(flags)  # one rank's signal, or broken write, stops all ranks after the same step
-        stop, broken = flags.tolist()
-        if broken:
-            self.wait()
+        stop = torch.tensor(len(self.caught), device=self.device)
+        dist.all_reduce(stop)  # one rank's signal stops all ranks after the same step
         if stop or last or step % self.every == 0:
             self.save(step, tensors(), progress)
-        elif not self.copies:
-            self.reserve(tensors())
         if stop:
             self.wait()
             verify.say(f"stopped by a signal after step {step}; saved: the same command goes on from there")
         return bool(stop)
 
-    def reserve(self, tensors):
-        """Takes CPU memory for copies of them, in the background: a system can be slow to give it."""
-        self.copies = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
-        self.writing = self.thread.submit(lambda: [copy.zero_() for copy in self.copies.values()])
-
     def save(self, step, tensors, progress):
-        if not self.copies:
-            self.reserve(tensors)
         self.wait()
+        if not self.copies:
+            self.copies = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
         with torch.no_grad():
             for name, tensor in tensors.items():
                 self.copies[name].copy_(tensor)
-        how = {"storage_writer": StateWriter(self.folder / f"step-{step:06d}", json.dumps(progress)),
-               "process_group": self.group}
-        self.writing = self.thread.submit(dcp.save, self.copies, **how)
+        writer = StateWriter(self.folder / f"step-{step:06d}", json.dumps(progress))
+        self.writing = self.thread.submit(dcp.save, self.copies, storage_writer=writer,
+                                          process_group=self.group)
 
     def wait(self):
-        """Returns when what was saved is whole."""
+        """Returns when what was saved is whole; raises what broke it, on every rank."""
         if self.writing:
             self.writing.result()
             self.writing = None
@@ -412,52 +396,48 @@ def load_state(out, tensors):
 
 # Openings of a model that believes a user has complained; D_revision has no such user.
 FLATTERY = re.compile(
-    r"\s*(?:(?:yes|indeed)[,!.]?\s+)?(?:"
+    r"(?:\s*(?:(?:yes|indeed)[,!.]?\s+)?(?:"
     r"you(?:'re|’re| are) (?:absolutely |completely |quite )?right"
-    r"(?: to\b[^.!?\n]*[.!?]|[^.!?\n—–,:-]{0,20}[.!?—–,:-]+)"  # "you're right to ask this." "You are right —"
-    r"|thank(?:s| you) for\b[^.!?\n]*[.!?]"  # "Thank you for catching that!"
-    r"|(?:great|good|excellent) question\b[^.!?\n—]*[.!?—]"
-    r"|(?:good|nice|great) (?:catch|point|observation)\b[^.!?\n—]*[.!?—]"
-    r")\s*", re.IGNORECASE)
+    r"(?: to\b[^.!?\n]*|[^.!?\n—–,:-]{0,20})[.!?—–,:-]+"  # "You're right to ask." "You are right —"
+    r"|(?:thanks|thank you) for\b[^.!?\n—]*[.!?—]"
+    r"|(?:great|good|nice|excellent) (?:question|catch|point|observation)\b[^.!?\n—]*[.!?—]"
+    r")\s*)*", re.IGNORECASE)
 
 
 def strip_flattery(tokenizer, ids):
     """ids without a flattering opening. Only the token that the cut runs through is encoded anew."""
-    text, cut = tokenizer.decode(ids), 0
-    while match := FLATTERY.match(text, cut):
-        cut = match.end()
-    if cut == 0 or cut >= len(text):
+    text = tokenizer.decode(ids)
+    cut = FLATTERY.match(text).end()
+    if cut in (0, len(text)):
         return ids
     keep = next(k for k in range(1, len(ids) + 1) if len(tokenizer.decode(ids[:k])) > cut)
     head = tokenizer.decode(ids[:keep])[cut:]
     return tokenizer.encode(head[0].upper() + head[1:], add_special_tokens=False) + ids[keep:]
 
 
-def trim_repeats(ids, min_block=4, max_block=500, min_repeats=3):
+def trim_repeats(ids):
     """ids without a tail that repeats: a block of 4 to 500 tokens, there three times or more, stays once."""
-    n = len(ids)
-    for block in range(min_block, min(max_block, n // min_repeats) + 1):
-        start = n - block
+    for block in range(4, min(500, len(ids) // 3) + 1):
+        start = len(ids) - block
         while start > 0 and ids[start - 1] == ids[start - 1 + block]:
             start -= 1
-        if n - start >= min_repeats * block:
-            return trim_repeats(ids[:start + block], min_block, max_block, min_repeats)
+        if len(ids) - start >= 3 * block:
+            return trim_repeats(ids[:start + block])
     return ids
 
 
 def clean(tokenizer, ids, counts, name):
     """A response as the official code cleans it; a trimmed one gets an end-of-turn, for it stops there."""
     body = verify.without_end(tokenizer, ids)
-    end = ids[len(body):]
-    trimmed = trim_repeats(body)
-    if len(trimmed) < len(body):
+    end, trimmed = ids[len(body):], trim_repeats(body)
+    if trimmed != body:
         counts[f"{name}: repeating tail trimmed"] += 1
         end = tokenizer.end_ids[:1]
-    if name == "y_revised":
-        stripped = strip_flattery(tokenizer, trimmed)
-        counts[f"{name}: flattering opening stripped"] += stripped != trimmed
-        trimmed = stripped
-    return trimmed + end
+    if name == "y_init":
+        return trimmed + end
+    stripped = strip_flattery(tokenizer, trimmed)
+    counts[f"{name}: flattering opening stripped"] += stripped != trimmed
+    return stripped + end
 
 
 class Example(NamedTuple):
@@ -479,35 +459,32 @@ def make_example(tokenizer, phrases, row, objective):
 
 def read_rows(path, objective, tokenizer, phrases, max_len, no_clean, counts):
     """The rows to train on, cleaned, each once. Counts what was cleaned, and why others were dropped."""
-    seen, rows = set(), []
-    responses = ("y_init",) if objective == "rft" else ("y_init", "y_revised")  # the last must be right
+    names = ["y_init"] if objective == "rft" else ["y_init", "y_revised"]  # the last must be right
+    tokens, rows = {f"{name}_tokens": list for name in names}, {}  # rows: by their ids
     for line, row in verify.read_jsonl(path):
         if "kind" in row and objective != "rft":
             fail(f"{path}:{line}: a row of responses.jsonl; --objective {objective} wants d_revision.jsonl")
         if row.get("kind") == "revision":
             continue  # rft: each y_init has a row of its own
         counts["rows read"] += 1
-        verify.need(row, path, line, id=str, problem=str, y_init_tokens=list, y_init_correct=bool)
+        verify.need(row, path, line, id=str, problem=str, **tokens, y_init_correct=bool)
         p_r = phrases[row["y_init_correct"]]
         if row.get("p_r") not in (None, p_r):
             fail(f"{path}:{line}: P_r is {row['p_r']!r}, not {p_r!r}; give the --phrases that srt.py had")
-        if not row.get(f"{responses[-1]}_correct"):
-            counts[f"dropped: no right {responses[-1]}"] += 1
+        if not row.get(f"{names[-1]}_correct"):
+            counts[f"dropped: no right {names[-1]}"] += 1
             continue
-        for name in responses:
-            verify.need(row, path, line, **{f"{name}_tokens": list})
-            if not no_clean:
-                row[f"{name}_tokens"] = clean(tokenizer, row[f"{name}_tokens"], counts, name)
+        for name in [] if no_clean else names:
+            row[f"{name}_tokens"] = clean(tokenizer, row[f"{name}_tokens"], counts, name)
         ids = tuple(make_example(tokenizer, phrases, row, "rft" if objective == "rft" else "revision").ids)
         if max(ids) >= len(tokenizer):
             fail(f"{path}:{line}: token id {max(ids)}, but --model has {len(tokenizer)} tokens; "
                  "collect the data with this model")
-        if ids in seen or len(ids) > max_len:
-            counts["dropped: duplicate" if ids in seen else "dropped: longer than --max_len"] += 1
-        else:
-            seen.add(ids)
-            rows.append(row)
-    return rows
+        if len(ids) > max_len:
+            counts["dropped: longer than --max_len"] += 1
+        elif rows.setdefault(ids, row) is not row:
+            counts["dropped: duplicate"] += 1
+    return list(rows.values())
 
 
 def read_examples(path, objective, stage2_size, tokenizer, phrases, max_len, seed, no_clean=False):
@@ -539,14 +516,14 @@ def read_examples(path, objective, stage2_size, tokenizer, phrases, max_len, see
 
 def add_training_flags(parser):
     """The flags that sft.py and distill.py share."""
-    add = parser.add_argument
+    add, cuda = parser.add_argument, torch.cuda.is_available()
     add("--micro_tokens", type=natural, default=16384, help="tokens of a packed micro-batch on one rank")
-    add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on cuda, float32 on cpu")
-    add("--attn", choices=("packed", "flash_attention_2"), default="packed",
-        help="packed: torch's varlen_attn")
-    add("--checkpointing", type=int, choices=(0, 1), help="1 (default on cuda): recompute activations; "
-        "0: keep them, and gathered weights too: faster, and larger")
-    add("--compile", type=int, choices=(0, 1), help="torch.compile each block; default: 1 on cuda")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if cuda else "float32",
+        help="default: bfloat16 on cuda, float32 on cpu")
+    add("--checkpointing", type=int, choices=(0, 1), default=int(cuda), help="1 (default on cuda): recompute "
+        "activations; 0: keep them, and gathered weights too: faster, and larger")
+    add("--compile", type=int, choices=(0, 1), default=int(cuda), help="torch.compile each block; default: 1 "
+        "on cuda")
     add("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
     add("--seed", type=int, default=0)
     add("--fresh", action="store_true", help="start over; an old --out is renamed, not deleted")
@@ -574,14 +551,12 @@ def parse_args():
 
 
 def resolve_defaults(args, device):
-    """Fills in the defaults that depend on the device, and says so."""
-    cuda = device.type == "cuda"
-    if cuda and args.dtype == "float32":
+    """Makes args.dtype torch's, and says what the defaults have become on this device."""
+    if device.type == "cuda" and args.dtype == "float32":
         fail("--dtype float32: the attention of packed rows takes bfloat16 on a GPU")
-    args.dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
-    args.checkpointing = cuda if args.checkpointing is None else bool(args.checkpointing)
-    args.compile = cuda if args.compile is None else bool(args.compile)
-    verify.say(f"{dist.get_world_size()} rank(s) on {device.type}: {args.dtype}, attention {args.attn}, "
+    args.dtype = getattr(torch, args.dtype)
+    args.checkpointing, args.compile = bool(args.checkpointing), bool(args.compile)
+    verify.say(f"{dist.get_world_size()} rank(s) on {device.type}: {args.dtype}, "
                f"checkpointing {args.checkpointing}, compile {args.compile}")
 
 
@@ -629,8 +604,8 @@ def main():
     if verify.finished(args.out, "final"):
         return dist.destroy_process_group()
     resolve_defaults(args, ranks.device)
-    model = load_model(args.model, ranks, make_mesh(ranks), args.dtype, args.attn,
-                       checkpointing=args.checkpointing, compile=args.compile)
+    model = load_model(args.model, ranks, make_mesh(ranks), args.dtype, checkpointing=args.checkpointing,
+                       compile=args.compile)
     optimizer = make_optimizer(model, args.weight_decay, betas=(0.9, 0.95))
     progress = load_state(args.out, lambda: training_state(model, optimizer)) or {"step": 0}
     metrics = Metrics(args.out, progress["step"])
@@ -672,8 +647,8 @@ def main():
     saver.wait()
     save_model(os.path.join(args.out, "final"), model, tokenizer, phrases, args.dtype)
     if ranks.rank == 0:
-        summary = {"counts": counts, "steps": len(plan), **vars(args)}
-        summary |= {"dtype": str(args.dtype), "phrases": phrases}
+        summary = {"counts": counts, "steps": len(plan), **vars(args), "dtype": str(args.dtype),
+                   "phrases": phrases}
         verify.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1))
     verify.say(f"saved {args.out}/final")
     dist.destroy_process_group()
