@@ -56,7 +56,7 @@ from verify import fail, natural, positive, within
 # flags that a run that goes on may change: none of them moves a row to another step
 FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype checkpointing compile"
 
-# ------------------------------------------------------------------------------------------ packed attention
+# ---- packed attention
 
 # fewer heads of k and v than of q: torch 2.11 takes them without the flag
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -122,7 +122,7 @@ def pack(lengths, budget, device):
     return bins + [[] for _ in range(int(most) - len(bins))]
 
 
-# ----------------------------------------------------------------------------------------------------- model
+# ---- model
 
 def make_mesh(ranks):
     """One node: shard over all ranks. Several: replicate across nodes, shard within each."""
@@ -207,7 +207,7 @@ def optimizer_step(model, optimizer, lr, clip):
     return norm
 
 
-# --------------------------------------------------------------------------------------------------- metrics
+# ---- metrics
 
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16
 
@@ -268,7 +268,7 @@ class Metrics:
                   f"held {row['held_gb']:.2f}", flush=True)
 
 
-# ----------------------------------------------------------------------------------------------- checkpoints
+# ---- checkpoints
 
 def replace_folder(tmp, path):
     """Renames a whole folder into place; rank 0 alone calls it."""
@@ -279,18 +279,14 @@ def replace_folder(tmp, path):
 def save_model(path, model, tokenizer, phrases, dtype):
     """A folder that transformers and vLLM load as it is, the phrases in its config. All ranks call it."""
     from safetensors.torch import save_file
-    tensors = {}
-    for name, tensor in full_tensors(model, dtype):
-        if dist.get_rank() == 0:
-            tensors[name] = tensor.cpu().contiguous()
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in full_tensors(model, dtype)
+               if dist.get_rank() == 0}
     if dist.get_rank() == 0:
         tmp = path + ".tmp"
-        shutil.rmtree(tmp, ignore_errors=True)
-        os.makedirs(tmp)
+        os.makedirs(tmp, exist_ok=True)
         save_file(tensors, os.path.join(tmp, "model.safetensors"), metadata={"format": "pt"})
-        config = model.config.__class__.from_dict(model.config.to_dict())
-        config.sdzero_phrases, config.dtype = phrases, dtype
-        for part in (config, model.generation_config, tokenizer):
+        model.config.update({"sdzero_phrases": phrases, "dtype": dtype})
+        for part in (model.config, model.generation_config, tokenizer):
             part.save_pretrained(tmp)
         replace_folder(tmp, path)
     dist.barrier()
@@ -300,11 +296,10 @@ def training_state(model, optimizer, teacher=None):
     """Every tensor that a run needs to go on, by name, sharded as it is. dcp loads into them in place."""
     tensors = {}
     for name, p in model.named_parameters():
-        state = optimizer.state[p]
-        if not state:  # AdamW makes these at its first step; a run that resumes needs them before
-            state["step"] = torch.zeros((), device=p.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        tensors |= {name: p.detach(), **{f"{name}.{key}": value for key, value in state.items()}}
+        if not optimizer.state[p]:  # AdamW makes it at its first step; a run that resumes needs it before
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        tensors |= {name: p.detach(), **{f"{name}.{key}": value for key, value in optimizer.state[p].items()}}
     if teacher is not None:
         tensors |= {f"teacher.{name}": p.detach() for name, p in teacher.named_parameters()}
     return tensors
@@ -374,7 +369,7 @@ class StateWriter(dcp.FileSystemWriter):
 
 def states(folder):
     """Whole states in out/state, oldest first."""
-    return sorted(path for path in Path(folder).glob("step-*") if path.suffix != ".tmp")
+    return sorted(Path(folder).glob("step-*[0-9]"))
 
 
 def load_state(out, tensors):
@@ -387,12 +382,11 @@ def load_state(out, tensors):
         return json.loads((found[-1] / "progress.json").read_text())
     except (OSError, ValueError, CheckpointException) as e:
         error = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        fail(f"the state {found[-1]} cannot be read ({why}); remove this folder, and the same command goes "
-             "on from the state before it")
+        fail(f"the state {found[-1]} cannot be read ({error!r}); remove this folder, and the same command "
+             "goes on from the state before it")
 
 
-# ------------------------------------------------------------------------------------------------------ data
+# ---- data
 
 # Openings of a model that believes a user has complained; D_revision has no such user.
 FLATTERY = re.compile(
@@ -499,20 +493,20 @@ def read_examples(path, objective, stage2_size, tokenizer, phrases, max_len, see
     stages = [(objective, rows)]
     if objective == "two-stage":
         rows.sort(key=lambda row: not row["y_init_correct"])  # those with a right y_init first
-        left = [row for row in rows[stage2_size:] if not row["y_init_correct"]]
-        stages = [("generation", left), ("revision", rows[:stage2_size])]
-        counts["not used: right y_init over --stage2_size"] = len(rows[stage2_size:]) - len(left)
+        stages = [("generation", [row for row in rows[stage2_size:] if not row["y_init_correct"]]),
+                  ("revision", rows[:stage2_size])]
     counts["wrong -> right"] = sum(not row["y_init_correct"] for row in rows)
-    for number, (name, members) in enumerate(stages, 1):
-        counts[f"stage {number}: {name}"] = len(members)
-        if not members:
-            remedy = f"or lower --stage2_size {stage2_size}" if objective == "two-stage" else "with srt.py"
-            fail(f"--data {path}: no rows for stage {number} ({name}): {dict(counts)}; get more, {remedy}")
-    return [(name, [make_example(tokenizer, phrases, row, name) for row in members])
-            for name, members in stages], counts
+    counts["not used: right y_init over --stage2_size"] = len(rows) - sum(len(kept) for _, kept in stages)
+    for number, (name, kept) in enumerate(stages, 1):
+        counts[f"stage {number}: {name}"] = len(kept)
+        if not kept:
+            fail(f"--data {path}: no rows for stage {number} ({name}): {dict(counts)}; get more with srt.py, "
+                 f"or with --objective two-stage lower --stage2_size {stage2_size}")
+    return [(name, [make_example(tokenizer, phrases, row, name) for row in kept])
+            for name, kept in stages], counts
 
 
-# ------------------------------------------------------------------------------------------------------ main
+# ---- main
 
 def add_training_flags(parser):
     """The flags that sft.py and distill.py share."""
@@ -522,8 +516,7 @@ def add_training_flags(parser):
         help="default: bfloat16 on cuda, float32 on cpu")
     add("--checkpointing", type=int, choices=(0, 1), default=int(cuda), help="1 (default on cuda): recompute "
         "activations; 0: keep them, and gathered weights too: faster, and larger")
-    add("--compile", type=int, choices=(0, 1), default=int(cuda), help="torch.compile each block; default: 1 "
-        "on cuda")
+    add("--compile", type=int, choices=(0, 1), default=int(cuda), help="each block; default: 1 on cuda")
     add("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
     add("--seed", type=int, default=0)
     add("--fresh", action="store_true", help="start over; an old --out is renamed, not deleted")
@@ -583,9 +576,9 @@ def micro_batches(examples, budget, device):
     return packed
 
 
-def cosine(step, steps, warmup=0.05):
+def cosine(step, steps):
     """Learning-rate factor: linear over the first 5 % of the steps, then half a cosine down to 0."""
-    rise = max(1, round(warmup * steps))
+    rise = max(1, round(0.05 * steps))
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
@@ -622,12 +615,11 @@ def main():
         loss_tokens = sum(w > 0 for e in batch for w in e.weights)
 
         loss = torch.zeros((), device=ranks.device)
+        scale = ranks.world / loss_tokens  # FSDP averages gradients over ranks; times world makes that a sum
         mine = batch[ranks.rank::ranks.world]
         for packed, select, weights in micro_batches(mine, args.micro_tokens, ranks.device):
-            # FSDP averages gradients over ranks; times world makes that a sum
-            weights *= ranks.world / loss_tokens
             part, _ = model(packed, select, lambda hidden, head: chunked_ce(
-                hidden, head, packed.ids[select + 1], weights))
+                hidden, head, packed.ids[select + 1], weights * scale))
             part.backward()
             loss += part.detach() / ranks.world
         dist.all_reduce(loss)
