@@ -27,7 +27,6 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
 import time
 from collections import Counter
@@ -36,12 +35,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch._dynamo
 import torch._functorch.config
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
@@ -57,7 +53,6 @@ from verify import fail, natural, positive, within
 FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype checkpointing compile"
 
 # ---- packed attention
-
 # fewer heads of k and v than of q: torch 2.11 takes them without the flag
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
@@ -123,14 +118,13 @@ def pack(lengths, budget, device):
 
 
 # ---- model
-
 def make_mesh(ranks):
     """One node: shard over all ranks. Several: replicate across nodes, shard within each."""
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
     if ranks.world % per_node:
         fail(f"{ranks.world} ranks on nodes of {per_node}: every node must run as many")
     shape = ranks.world // per_node, per_node
-    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = dist.init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
     return mesh["shard"] if shape[0] == 1 else mesh
 
 
@@ -200,15 +194,13 @@ def optimizer_step(model, optimizer, lr, clip):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).full_tensor().item()
     if not math.isfinite(norm):  # the same on every rank; a step would make every weight nan
         fail(f"the gradient norm is {norm}: no step was made; lower --lr and go on from the last whole state")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
     return norm
 
 
 # ---- metrics
-
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16
 
 
@@ -238,12 +230,10 @@ def mfu(flops, seconds, world):
 
 
 def memory():
-    """GiB of this rank: peak_gb since the last call, held_gb now; on a CPU both are the process's peak."""
-    if not torch.cuda.is_available():
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        return {"peak_gb": peak, "held_gb": peak}
+    """GiB of this rank's GPU: peak_gb since the last call, held_gb now; 0 on a CPU."""
     peak, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     return {"peak_gb": peak / 2**30, "held_gb": held / 2**30}
 
 
@@ -269,7 +259,6 @@ class Metrics:
 
 
 # ---- checkpoints
-
 def replace_folder(tmp, path):
     """Renames a whole folder into place; rank 0 alone calls it."""
     shutil.rmtree(path, ignore_errors=True)
@@ -380,14 +369,13 @@ def load_state(out, tensors):
     try:
         dcp.load(tensors(), checkpoint_id=found[-1])
         return json.loads((found[-1] / "progress.json").read_text())
-    except (OSError, ValueError, CheckpointException) as e:
-        error = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
+    except (OSError, ValueError, dcp.CheckpointException) as e:
+        error = next(iter(e.failures.values()))[0] if isinstance(e, dcp.CheckpointException) else e
         fail(f"the state {found[-1]} cannot be read ({error!r}); remove this folder, and the same command "
              "goes on from the state before it")
 
 
 # ---- data
-
 # Openings of a model that believes a user has complained; D_revision has no such user.
 FLATTERY = re.compile(
     r"(?:\s*(?:(?:yes|indeed)[,!.]?\s+)?(?:"
@@ -423,15 +411,12 @@ def trim_repeats(ids):
 def clean(tokenizer, ids, counts, name):
     """A response as the official code cleans it; a trimmed one gets an end-of-turn, for it stops there."""
     body = verify.without_end(tokenizer, ids)
-    end, trimmed = ids[len(body):], trim_repeats(body)
-    if trimmed != body:
-        counts[f"{name}: repeating tail trimmed"] += 1
-        end = tokenizer.end_ids[:1]
-    if name == "y_init":
-        return trimmed + end
-    stripped = strip_flattery(tokenizer, trimmed)
-    counts[f"{name}: flattering opening stripped"] += stripped != trimmed
-    return stripped + end
+    trimmed = trim_repeats(body)
+    end = ids[len(body):] if trimmed == body else tokenizer.end_ids[:1]
+    kept = strip_flattery(tokenizer, trimmed) if name == "y_revised" else trimmed
+    counts[f"{name}: repeating tail trimmed"] += trimmed != body
+    counts[f"{name}: flattering opening stripped"] += kept != trimmed
+    return kept + end
 
 
 class Example(NamedTuple):
@@ -445,10 +430,9 @@ def make_example(tokenizer, phrases, row, objective):
     if objective == "rft":
         return Example(x + y_init, [0] * len(x) + [1] * len(y_init))
     before = verify.revision_ids(tokenizer, x, y_init, row["y_init_correct"], phrases)
-    y_revised = row["y_revised_tokens"]
     on_init, on_revised = {"generation": (1, 1), "revision": (0, 1), "sum": (1, 2)}[objective]
-    weights = [0] * len(x) + [on_init] * (len(before) - len(x)) + [on_revised] * len(y_revised)
-    return Example(before + y_revised, weights)
+    weights = [0] * len(x) + [on_init] * (len(before) - len(x))
+    return Example(before + row["y_revised_tokens"], weights + [on_revised] * len(row["y_revised_tokens"]))
 
 
 def read_rows(path, objective, tokenizer, phrases, max_len, no_clean, counts):
@@ -503,17 +487,16 @@ def read_examples(path, objective, stage2_size, tokenizer, phrases, max_len, see
             fail(f"--data {path}: no rows for stage {number} ({name}): {dict(counts)}; get more with srt.py, "
                  f"or with --objective two-stage lower --stage2_size {stage2_size}")
     return [(name, [make_example(tokenizer, phrases, row, name) for row in kept])
-            for name, kept in stages], counts
+            for name, kept in stages], +counts  # those above 0
 
 
 # ---- main
-
 def add_training_flags(parser):
     """The flags that sft.py and distill.py share."""
     add, cuda = parser.add_argument, torch.cuda.is_available()
     add("--micro_tokens", type=natural, default=16384, help="tokens of a packed micro-batch on one rank")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if cuda else "float32",
-        help="default: bfloat16 on cuda, float32 on cpu")
+    dtypes = ("bfloat16",) if cuda else ("float32", "bfloat16")  # a GPU's attention takes no other
+    add("--dtype", choices=dtypes, default=dtypes[0], help="float32 only on a CPU; it is the default there")
     add("--checkpointing", type=int, choices=(0, 1), default=int(cuda), help="1 (default on cuda): recompute "
         "activations; 0: keep them, and gathered weights too: faster, and larger")
     add("--compile", type=int, choices=(0, 1), default=int(cuda), help="each block; default: 1 on cuda")
@@ -545,8 +528,6 @@ def parse_args():
 
 def resolve_defaults(args, device):
     """Makes args.dtype torch's, and says what the defaults have become on this device."""
-    if device.type == "cuda" and args.dtype == "float32":
-        fail("--dtype float32: the attention of packed rows takes bfloat16 on a GPU")
     args.dtype = getattr(torch, args.dtype)
     args.checkpointing, args.compile = bool(args.checkpointing), bool(args.compile)
     verify.say(f"{dist.get_world_size()} rank(s) on {device.type}: {args.dtype}, "
@@ -556,9 +537,9 @@ def resolve_defaults(args, device):
 def step_examples(examples, step, size, seed):
     """The examples of a step: each epoch is a fresh permutation, cut into batches. The same on every rank."""
     epoch, place = divmod(step, math.ceil(len(examples) / size))
-    order = list(range(len(examples)))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return [examples[i] for i in order[place * size:(place + 1) * size]]
+    examples = list(examples)
+    random.Random(f"{seed}/{epoch}").shuffle(examples)
+    return examples[place * size:(place + 1) * size]
 
 
 def micro_batches(examples, budget, device):
@@ -592,7 +573,7 @@ def main():
     max_len = min(args.max_len, verify.context_length(args.model))
     stages, counts = read_examples(args.data, args.objective, args.stage2_size, tokenizer, phrases, max_len,
                                    args.seed, args.no_clean)
-    verify.say(f"phrases {'|'.join(phrases)}; " + ", ".join(f"{name} {n}" for name, n in counts.items() if n))
+    verify.say(f"phrases {'|'.join(phrases)}; " + ", ".join(f"{name} {n}" for name, n in counts.items()))
     verify.open_out(args, ranks, FREE)
     if verify.finished(args.out, "final"):
         return dist.destroy_process_group()
