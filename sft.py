@@ -484,8 +484,8 @@ def read_examples(path, objective, stage2_size, tokenizer, phrases, max_len, see
     for number, (name, kept) in enumerate(stages, 1):
         counts[f"stage {number}: {name}"] = len(kept)
         if not kept:
-            fail(f"--data {path}: no rows for stage {number} ({name}): {dict(+counts)}; get more with srt.py, "
-                 f"or with --objective two-stage lower --stage2_size {stage2_size}")
+            fail(f"--data {path}: no rows for stage {number} ({name}): {dict(+counts)}; get more with "
+                 f"srt.py, or with --objective two-stage lower --stage2_size {stage2_size}")
     return [(name, [make_example(tokenizer, phrases, row, name) for row in kept])
             for name, kept in stages], +counts  # those above 0
 
