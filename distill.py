@@ -39,7 +39,7 @@ from verify import fail, natural, positive, share, within
 
 # flags that a run that goes on may change: none of them changes the objective or what a step is made of
 FREE = ("steps lr warmup weight_decay clip val_every save_every max_sync_gap stop_when_worse micro_tokens "
-        "dtype attn checkpointing compile engine vllm_memory judge_seconds unsafe_no_sandbox")
+        "dtype checkpointing compile engine vllm_memory judge_seconds unsafe_no_sandbox")
 
 
 class Row(NamedTuple):
@@ -328,10 +328,10 @@ def main():
 
     mesh = sft.make_mesh(ranks)
     moving = args.sync_every > 0  # in fp32, for small steps vanish in bf16; saved; its head renewed
-    student = sft.load_model(args.model, ranks, mesh, args.dtype, args.attn, checkpointing=args.checkpointing,
+    student = sft.load_model(args.model, ranks, mesh, args.dtype, checkpointing=args.checkpointing,
                              compile=args.compile)
-    teacher = sft.load_model(args.teacher, ranks, mesh, args.dtype, args.attn, trainable=False,
-                             compile=args.compile, held=torch.float32 if moving else args.dtype)
+    teacher = sft.load_model(args.teacher, ranks, mesh, args.dtype, trainable=False, compile=args.compile,
+                             held=torch.float32 if moving else args.dtype)
     if student.config.vocab_size != teacher.config.vocab_size:
         fail(f"--teacher {args.teacher} has {teacher.config.vocab_size} vocabulary entries, --model "
              f"{args.model} has {student.config.vocab_size}: the KL needs one vocabulary")

@@ -27,7 +27,6 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
 import time
 from collections import Counter
@@ -36,12 +35,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch._dynamo
 import torch._functorch.config
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
@@ -54,10 +50,9 @@ from kl import chunked_ce
 from verify import fail, natural, positive, within
 
 # flags that a run that goes on may change: none of them moves a row to another step
-FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype attn checkpointing compile"
+FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype checkpointing compile"
 
-# ------------------------------------------------------------------------------------------ packed attention
-
+# ---- packed attention
 # fewer heads of k and v than of q: torch 2.11 takes them without the flag
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
@@ -67,18 +62,18 @@ if torch.ops.torch_attn._varlen_attn not in flop_registry:  # torch 2.11: it wou
         return 4 * math.prod(q) * longest  # q is a shape, (T, H, D); no mask, as torch counts
 
 
-def packed_attention(module, q, k, v, attention_mask, scaling=None, sliding_window=None, cu_seq_lens_q=None,
-                     max_length_q=None, segments=None, **_):
+def packed_attention(module, q, k, v, attention_mask, scaling=None, sliding_window=None, starts=None,
+                     longest=None, segments=None, **_):
     """
     Causal attention within each of the rows that are packed one after another; no row sees another.
-    q [1, H, T, D]; k, v [1, H_kv, T, D]; row i starts at cu_seq_lens_q[i], on a CPU at segments[i]. With a
+    q [1, H, T, D]; k, v [1, H_kv, T, D]; row i starts at starts[i], on a CPU at segments[i]. With a
     sliding_window w a token sees w tokens, itself included. Returns ([1, T, H, D], None).
     """
     if segments is None:
         q, k, v = (a[0].transpose(0, 1) for a in (q, k, v))  # [T, H, D]
         window = (sliding_window - 1 if sliding_window else -1, 0)
-        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
-                          window_size=window, **GROUPED)
+        out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=window,
+                          **GROUPED)
         return out[None], None
     outs = []
     for start, stop in itertools.pairwise(segments):
@@ -111,30 +106,26 @@ def pack(lengths, budget, device):
     Row numbers in bins of at most `budget` tokens, by first fit, from longest to shortest; a longer row has
     its own. Empty bins follow until every rank has as many: all must enter each collective.
     """
-    bins, room = [], []
+    bins = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        b = next((b for b, free in enumerate(room) if free >= lengths[i]), len(bins))
-        if b == len(bins):
-            bins.append([])
-            room.append(budget)
-        bins[b].append(i)
-        room[b] -= lengths[i]
+        b = next((b for b in bins if sum(lengths[j] for j in b) + lengths[i] <= budget), [])
+        if not b:
+            bins.append(b)
+        b.append(i)
     most = torch.tensor(len(bins), device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return bins + [[] for _ in range(int(most) - len(bins))]
 
 
-# ----------------------------------------------------------------------------------------------------- model
-
+# ---- model
 def make_mesh(ranks):
     """One node: shard over all ranks. Several: replicate across nodes, shard within each."""
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
     if ranks.world % per_node:
         fail(f"{ranks.world} ranks on nodes of {per_node}: every node must run as many")
-    if per_node == ranks.world:
-        return init_device_mesh(ranks.device.type, (per_node,), mesh_dim_names=("shard",))
-    shape = (ranks.world // per_node, per_node)
-    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    shape = ranks.world // per_node, per_node
+    mesh = dist.init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return mesh["shard"] if shape[0] == 1 else mesh
 
 
 def set_compiler(checkpointing):
@@ -146,7 +137,7 @@ def set_compiler(checkpointing):
     torch._functorch.config.is_non_builtin_to_include = checkpointing  # attention is among what it may keep
 
 
-def load_model(path, ranks, mesh, dtype, attn="packed", trainable=True, checkpointing=False, compile=False,
+def load_model(path, ranks, mesh, dtype, trainable=True, checkpointing=False, compile=False,
                held=torch.float32):
     """
     A causal LM under FSDP2: weights held in `held`, gradients and their sums in fp32, compute in `dtype`.
@@ -154,7 +145,7 @@ def load_model(path, ranks, mesh, dtype, attn="packed", trainable=True, checkpoi
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
     AttentionInterface.register("packed", packed_attention)
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attn)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="packed")
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     torch._dynamo.config.recompile_limit = 64  # student, teacher, ranges of lengths share a layer's code
     if trainable:
@@ -179,11 +170,11 @@ def packed_forward(model, batch, select, loss):
     loss(hidden [n, H], head weight [V, H]) at the positions `select` [n] of a Batch. In here FSDP has the
     whole weight of the head at hand: outside it is a shard.
     """
-    where = dict(cu_seq_lens_q=batch.starts, cu_seq_lens_k=batch.starts, max_length_q=batch.longest,
-                 max_length_k=batch.longest, segments=None if batch.ids.is_cuda else batch.segments)
+    segments = None if batch.ids.is_cuda else batch.segments
     # not get_decoder()(...): where vLLM runs a model by transformers (Olmo 3), it has put its __call__ there
     hidden = torch.nn.Module.__call__(model.get_decoder(), input_ids=batch.ids[None], use_cache=False,
-                                      position_ids=batch.positions[None], **where).last_hidden_state[0]
+                                      position_ids=batch.positions[None], starts=batch.starts,
+                                      longest=batch.longest, segments=segments).last_hidden_state[0]
     return loss(hidden[select], model.get_output_embeddings().weight)
 
 
@@ -203,15 +194,13 @@ def optimizer_step(model, optimizer, lr, clip):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).full_tensor().item()
     if not math.isfinite(norm):  # the same on every rank; a step would make every weight nan
         fail(f"the gradient norm is {norm}: no step was made; lower --lr and go on from the last whole state")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
     return norm
 
 
-# --------------------------------------------------------------------------------------------------- metrics
-
+# ---- metrics
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16
 
 
@@ -221,17 +210,16 @@ def forward_flops(config, lengths, head_tokens):
     2 n per token for a matrix of n weights; 4 D per layer, head, query and key that it sees (q.k, sum of v).
     A training step is 3 times that; what is computed again is not counted.
     """
-    c = config
+    c, flops = config, 2 * head_tokens * config.hidden_size * config.vocab_size
     D = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     qkvo = 2 * c.hidden_size * D * (c.num_attention_heads + c.num_key_value_heads)
-    layer_weights = qkvo + 3 * c.hidden_size * c.intermediate_size
-    total = 2 * head_tokens * c.hidden_size * c.vocab_size
+    weights = qkvo + 3 * c.hidden_size * c.intermediate_size
     for kind in getattr(c, "layer_types", None) or ["full_attention"] * c.num_hidden_layers:
         for T in lengths:
             window = min(T, c.sliding_window) if kind == "sliding_attention" else T
             pairs = window * (window + 1) // 2 + (T - window) * window
-            total += 2 * layer_weights * T + 4 * D * c.num_attention_heads * pairs
-    return total
+            flops += 2 * weights * T + 4 * D * c.num_attention_heads * pairs
+    return flops
 
 
 def mfu(flops, seconds, world):
@@ -242,13 +230,10 @@ def mfu(flops, seconds, world):
 
 
 def memory():
-    """GiB of this process: held_gb now, peak_gb since the last call; on a CPU resident ones, peak ever."""
+    """GiB of this rank's GPU: peak_gb since the last call, held_gb now; 0 on a CPU."""
+    peak, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
     if torch.cuda.is_available():
-        peak, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     return {"peak_gb": peak / 2**30, "held_gb": held / 2**30}
 
 
@@ -273,8 +258,7 @@ class Metrics:
                   f"held {row['held_gb']:.2f}", flush=True)
 
 
-# ----------------------------------------------------------------------------------------------- checkpoints
-
+# ---- checkpoints
 def replace_folder(tmp, path):
     """Renames a whole folder into place; rank 0 alone calls it."""
     shutil.rmtree(path, ignore_errors=True)
@@ -284,18 +268,14 @@ def replace_folder(tmp, path):
 def save_model(path, model, tokenizer, phrases, dtype):
     """A folder that transformers and vLLM load as it is, the phrases in its config. All ranks call it."""
     from safetensors.torch import save_file
-    tensors = {}
-    for name, tensor in full_tensors(model, dtype):
-        if dist.get_rank() == 0:
-            tensors[name] = tensor.cpu().contiguous()
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in full_tensors(model, dtype)
+               if dist.get_rank() == 0}
     if dist.get_rank() == 0:
         tmp = path + ".tmp"
-        shutil.rmtree(tmp, ignore_errors=True)
-        os.makedirs(tmp)
+        os.makedirs(tmp, exist_ok=True)
         save_file(tensors, os.path.join(tmp, "model.safetensors"), metadata={"format": "pt"})
-        config = model.config.__class__.from_dict(model.config.to_dict())
-        config.sdzero_phrases, config.dtype = phrases, dtype
-        for part in (config, model.generation_config, tokenizer):
+        model.config.update({"sdzero_phrases": phrases, "dtype": dtype})
+        for part in (model.config, model.generation_config, tokenizer):
             part.save_pretrained(tmp)
         replace_folder(tmp, path)
     dist.barrier()
@@ -305,11 +285,10 @@ def training_state(model, optimizer, teacher=None):
     """Every tensor that a run needs to go on, by name, sharded as it is. dcp loads into them in place."""
     tensors = {}
     for name, p in model.named_parameters():
-        state = optimizer.state[p]
-        if not state:  # AdamW makes these at its first step; a run that resumes needs them before
-            state["step"] = torch.zeros((), device=p.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        tensors |= {name: p.detach(), **{f"{name}.{key}": value for key, value in state.items()}}
+        if not optimizer.state[p]:  # AdamW makes it at its first step; a run that resumes needs it before
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        tensors |= {name: p.detach(), **{f"{name}.{key}": value for key, value in optimizer.state[p].items()}}
     if teacher is not None:
         tensors |= {f"teacher.{name}": p.detach() for name, p in teacher.named_parameters()}
     return tensors
@@ -333,41 +312,30 @@ class Saver:
     def after_step(self, step, tensors, progress, last=False):
         """
         All ranks call it after each step. tensors(): what training_state gives; progress: what else to keep.
-        True if the loop must stop here, its state whole. Raises what broke a write, on every rank.
+        True if the loop must stop here, its state whole. Raises what broke the write before, as wait() does.
         """
-        broken = self.writing and self.writing.done() and self.writing.exception()
-        flags = torch.tensor([len(self.caught), bool(broken)], device=self.device)
-        dist.all_reduce(flags)  # one rank's signal, or broken write, stops all ranks after the same step
-        stop, broken = flags.tolist()
-        if broken:
-            self.wait()
+        stop = torch.tensor(len(self.caught), device=self.device)
+        dist.all_reduce(stop)  # one rank's signal stops all ranks after the same step
         if stop or last or step % self.every == 0:
             self.save(step, tensors(), progress)
-        elif not self.copies:
-            self.reserve(tensors())
         if stop:
             self.wait()
             verify.say(f"stopped by a signal after step {step}; saved: the same command goes on from there")
         return bool(stop)
 
-    def reserve(self, tensors):
-        """Takes CPU memory for copies of them, in the background: a system can be slow to give it."""
-        self.copies = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
-        self.writing = self.thread.submit(lambda: [copy.zero_() for copy in self.copies.values()])
-
     def save(self, step, tensors, progress):
-        if not self.copies:
-            self.reserve(tensors)
         self.wait()
+        if not self.copies:
+            self.copies = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
         with torch.no_grad():
             for name, tensor in tensors.items():
                 self.copies[name].copy_(tensor)
-        how = {"storage_writer": StateWriter(self.folder / f"step-{step:06d}", json.dumps(progress)),
-               "process_group": self.group}
-        self.writing = self.thread.submit(dcp.save, self.copies, **how)
+        writer = StateWriter(self.folder / f"step-{step:06d}", json.dumps(progress))
+        self.writing = self.thread.submit(dcp.save, self.copies, storage_writer=writer,
+                                          process_group=self.group)
 
     def wait(self):
-        """Returns when what was saved is whole."""
+        """Returns when what was saved is whole; raises what broke it, on every rank."""
         if self.writing:
             self.writing.result()
             self.writing = None
@@ -390,7 +358,7 @@ class StateWriter(dcp.FileSystemWriter):
 
 def states(folder):
     """Whole states in out/state, oldest first."""
-    return sorted(path for path in Path(folder).glob("step-*") if path.suffix != ".tmp")
+    return sorted(Path(folder).glob("step-*[0-9]"))
 
 
 def load_state(out, tensors):
@@ -401,63 +369,54 @@ def load_state(out, tensors):
     try:
         dcp.load(tensors(), checkpoint_id=found[-1])
         return json.loads((found[-1] / "progress.json").read_text())
-    except (OSError, ValueError, CheckpointException) as e:
-        error = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        fail(f"the state {found[-1]} cannot be read ({why}); remove this folder, and the same command goes "
-             "on from the state before it")
+    except (OSError, ValueError, dcp.CheckpointException) as e:
+        error = next(iter(e.failures.values()))[0] if isinstance(e, dcp.CheckpointException) else e
+        fail(f"the state {found[-1]} cannot be read ({error!r}); remove this folder, and the same command "
+             "goes on from the state before it")
 
 
-# ------------------------------------------------------------------------------------------------------ data
-
+# ---- data
 # Openings of a model that believes a user has complained; D_revision has no such user.
 FLATTERY = re.compile(
-    r"\s*(?:(?:yes|indeed)[,!.]?\s+)?(?:"
+    r"(?:\s*(?:(?:yes|indeed)[,!.]?\s+)?(?:"
     r"you(?:'re|’re| are) (?:absolutely |completely |quite )?right"
-    r"(?: to\b[^.!?\n]*[.!?]|[^.!?\n—–,:-]{0,20}[.!?—–,:-]+)"  # "you're right to ask this." "You are right —"
-    r"|thank(?:s| you) for\b[^.!?\n]*[.!?]"  # "Thank you for catching that!"
-    r"|(?:great|good|excellent) question\b[^.!?\n—]*[.!?—]"
-    r"|(?:good|nice|great) (?:catch|point|observation)\b[^.!?\n—]*[.!?—]"
-    r")\s*", re.IGNORECASE)
+    r"(?: to\b[^.!?\n]*|[^.!?\n—–,:-]{0,20})[.!?—–,:-]+"  # "You're right to ask." "You are right —"
+    r"|(?:thanks|thank you) for\b[^.!?\n—]*[.!?—]"
+    r"|(?:great|good|nice|excellent) (?:question|catch|point|observation)\b[^.!?\n—]*[.!?—]"
+    r")\s*)*", re.IGNORECASE)
 
 
 def strip_flattery(tokenizer, ids):
     """ids without a flattering opening. Only the token that the cut runs through is encoded anew."""
-    text, cut = tokenizer.decode(ids), 0
-    while match := FLATTERY.match(text, cut):
-        cut = match.end()
-    if cut == 0 or cut >= len(text):
+    text = tokenizer.decode(ids)
+    cut = FLATTERY.match(text).end()
+    if cut in (0, len(text)):
         return ids
     keep = next(k for k in range(1, len(ids) + 1) if len(tokenizer.decode(ids[:k])) > cut)
     head = tokenizer.decode(ids[:keep])[cut:]
     return tokenizer.encode(head[0].upper() + head[1:], add_special_tokens=False) + ids[keep:]
 
 
-def trim_repeats(ids, min_block=4, max_block=500, min_repeats=3):
+def trim_repeats(ids):
     """ids without a tail that repeats: a block of 4 to 500 tokens, there three times or more, stays once."""
-    n = len(ids)
-    for block in range(min_block, min(max_block, n // min_repeats) + 1):
-        start = n - block
+    for block in range(4, min(500, len(ids) // 3) + 1):
+        start = len(ids) - block
         while start > 0 and ids[start - 1] == ids[start - 1 + block]:
             start -= 1
-        if n - start >= min_repeats * block:
-            return trim_repeats(ids[:start + block], min_block, max_block, min_repeats)
+        if len(ids) - start >= 3 * block:
+            return trim_repeats(ids[:start + block])
     return ids
 
 
 def clean(tokenizer, ids, counts, name):
     """A response as the official code cleans it; a trimmed one gets an end-of-turn, for it stops there."""
     body = verify.without_end(tokenizer, ids)
-    end = ids[len(body):]
     trimmed = trim_repeats(body)
-    if len(trimmed) < len(body):
-        counts[f"{name}: repeating tail trimmed"] += 1
-        end = tokenizer.end_ids[:1]
-    if name == "y_revised":
-        stripped = strip_flattery(tokenizer, trimmed)
-        counts[f"{name}: flattering opening stripped"] += stripped != trimmed
-        trimmed = stripped
-    return trimmed + end
+    end = ids[len(body):] if trimmed == body else tokenizer.end_ids[:1]
+    kept = strip_flattery(tokenizer, trimmed) if name == "y_revised" else trimmed
+    counts[f"{name}: repeating tail trimmed"] += trimmed != body
+    counts[f"{name}: flattering opening stripped"] += kept != trimmed
+    return kept + end
 
 
 class Example(NamedTuple):
@@ -471,43 +430,39 @@ def make_example(tokenizer, phrases, row, objective):
     if objective == "rft":
         return Example(x + y_init, [0] * len(x) + [1] * len(y_init))
     before = verify.revision_ids(tokenizer, x, y_init, row["y_init_correct"], phrases)
-    y_revised = row["y_revised_tokens"]
     on_init, on_revised = {"generation": (1, 1), "revision": (0, 1), "sum": (1, 2)}[objective]
-    weights = [0] * len(x) + [on_init] * (len(before) - len(x)) + [on_revised] * len(y_revised)
-    return Example(before + y_revised, weights)
+    weights = [0] * len(x) + [on_init] * (len(before) - len(x))
+    return Example(before + row["y_revised_tokens"], weights + [on_revised] * len(row["y_revised_tokens"]))
 
 
 def read_rows(path, objective, tokenizer, phrases, max_len, no_clean, counts):
     """The rows to train on, cleaned, each once. Counts what was cleaned, and why others were dropped."""
-    seen, rows = set(), []
-    responses = ("y_init",) if objective == "rft" else ("y_init", "y_revised")  # the last must be right
+    names = ["y_init"] if objective == "rft" else ["y_init", "y_revised"]  # the last must be right
+    tokens, rows = {f"{name}_tokens": list for name in names}, {}  # rows: by their ids
     for line, row in verify.read_jsonl(path):
         if "kind" in row and objective != "rft":
             fail(f"{path}:{line}: a row of responses.jsonl; --objective {objective} wants d_revision.jsonl")
         if row.get("kind") == "revision":
             continue  # rft: each y_init has a row of its own
         counts["rows read"] += 1
-        verify.need(row, path, line, id=str, problem=str, y_init_tokens=list, y_init_correct=bool)
+        verify.need(row, path, line, id=str, problem=str, **tokens, y_init_correct=bool)
         p_r = phrases[row["y_init_correct"]]
         if row.get("p_r") not in (None, p_r):
             fail(f"{path}:{line}: P_r is {row['p_r']!r}, not {p_r!r}; give the --phrases that srt.py had")
-        if not row.get(f"{responses[-1]}_correct"):
-            counts[f"dropped: no right {responses[-1]}"] += 1
+        if not row.get(f"{names[-1]}_correct"):
+            counts[f"dropped: no right {names[-1]}"] += 1
             continue
-        for name in responses:
-            verify.need(row, path, line, **{f"{name}_tokens": list})
-            if not no_clean:
-                row[f"{name}_tokens"] = clean(tokenizer, row[f"{name}_tokens"], counts, name)
+        for name in [] if no_clean else names:
+            row[f"{name}_tokens"] = clean(tokenizer, row[f"{name}_tokens"], counts, name)
         ids = tuple(make_example(tokenizer, phrases, row, "rft" if objective == "rft" else "revision").ids)
         if max(ids) >= len(tokenizer):
             fail(f"{path}:{line}: token id {max(ids)}, but --model has {len(tokenizer)} tokens; "
                  "collect the data with this model")
-        if ids in seen or len(ids) > max_len:
-            counts["dropped: duplicate" if ids in seen else "dropped: longer than --max_len"] += 1
-        else:
-            seen.add(ids)
-            rows.append(row)
-    return rows
+        if len(ids) > max_len:
+            counts["dropped: longer than --max_len"] += 1
+        elif rows.setdefault(ids, row) is not row:
+            counts["dropped: duplicate"] += 1
+    return list(rows.values())
 
 
 def read_examples(path, objective, stage2_size, tokenizer, phrases, max_len, seed, no_clean=False):
@@ -522,31 +477,29 @@ def read_examples(path, objective, stage2_size, tokenizer, phrases, max_len, see
     stages = [(objective, rows)]
     if objective == "two-stage":
         rows.sort(key=lambda row: not row["y_init_correct"])  # those with a right y_init first
-        left = [row for row in rows[stage2_size:] if not row["y_init_correct"]]
-        stages = [("generation", left), ("revision", rows[:stage2_size])]
-        counts["not used: right y_init over --stage2_size"] = len(rows[stage2_size:]) - len(left)
+        stages = [("generation", [row for row in rows[stage2_size:] if not row["y_init_correct"]]),
+                  ("revision", rows[:stage2_size])]
     counts["wrong -> right"] = sum(not row["y_init_correct"] for row in rows)
-    for number, (name, members) in enumerate(stages, 1):
-        counts[f"stage {number}: {name}"] = len(members)
-        if not members:
-            remedy = f"or lower --stage2_size {stage2_size}" if objective == "two-stage" else "with srt.py"
-            fail(f"--data {path}: no rows for stage {number} ({name}): {dict(counts)}; get more, {remedy}")
-    return [(name, [make_example(tokenizer, phrases, row, name) for row in members])
-            for name, members in stages], counts
+    counts["not used: right y_init over --stage2_size"] = len(rows) - sum(len(kept) for _, kept in stages)
+    for number, (name, kept) in enumerate(stages, 1):
+        counts[f"stage {number}: {name}"] = len(kept)
+        if not kept:
+            fail(f"--data {path}: no rows for stage {number} ({name}): {dict(+counts)}; get more with "
+                 f"srt.py, or with --objective two-stage lower --stage2_size {stage2_size}")
+    return [(name, [make_example(tokenizer, phrases, row, name) for row in kept])
+            for name, kept in stages], +counts  # those above 0
 
 
-# ------------------------------------------------------------------------------------------------------ main
-
+# ---- main
 def add_training_flags(parser):
     """The flags that sft.py and distill.py share."""
-    add = parser.add_argument
+    add, cuda = parser.add_argument, torch.cuda.is_available()
     add("--micro_tokens", type=natural, default=16384, help="tokens of a packed micro-batch on one rank")
-    add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on cuda, float32 on cpu")
-    add("--attn", choices=("packed", "flash_attention_2"), default="packed",
-        help="packed: torch's varlen_attn")
-    add("--checkpointing", type=int, choices=(0, 1), help="1 (default on cuda): recompute activations; "
-        "0: keep them, and gathered weights too: faster, and larger")
-    add("--compile", type=int, choices=(0, 1), help="torch.compile each block; default: 1 on cuda")
+    dtypes = ("bfloat16",) if cuda else ("float32", "bfloat16")  # a GPU's attention takes no other
+    add("--dtype", choices=dtypes, default=dtypes[0], help="float32 only on a CPU; it is the default there")
+    add("--checkpointing", type=int, choices=(0, 1), default=int(cuda), help="1 (default on cuda): recompute "
+        "activations; 0: keep them, and gathered weights too: faster, and larger")
+    add("--compile", type=int, choices=(0, 1), default=int(cuda), help="each block; default: 1 on cuda")
     add("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
     add("--seed", type=int, default=0)
     add("--fresh", action="store_true", help="start over; an old --out is renamed, not deleted")
@@ -574,23 +527,19 @@ def parse_args():
 
 
 def resolve_defaults(args, device):
-    """Fills in the defaults that depend on the device, and says so."""
-    cuda = device.type == "cuda"
-    if cuda and args.dtype == "float32":
-        fail("--dtype float32: the attention of packed rows takes bfloat16 on a GPU")
-    args.dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
-    args.checkpointing = cuda if args.checkpointing is None else bool(args.checkpointing)
-    args.compile = cuda if args.compile is None else bool(args.compile)
-    verify.say(f"{dist.get_world_size()} rank(s) on {device.type}: {args.dtype}, attention {args.attn}, "
+    """Makes args.dtype torch's, and says what the defaults have become on this device."""
+    args.dtype = getattr(torch, args.dtype)
+    args.checkpointing, args.compile = bool(args.checkpointing), bool(args.compile)
+    verify.say(f"{dist.get_world_size()} rank(s) on {device.type}: {args.dtype}, "
                f"checkpointing {args.checkpointing}, compile {args.compile}")
 
 
 def step_examples(examples, step, size, seed):
     """The examples of a step: each epoch is a fresh permutation, cut into batches. The same on every rank."""
     epoch, place = divmod(step, math.ceil(len(examples) / size))
-    order = list(range(len(examples)))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return [examples[i] for i in order[place * size:(place + 1) * size]]
+    examples = list(examples)
+    random.Random(f"{seed}/{epoch}").shuffle(examples)
+    return examples[place * size:(place + 1) * size]
 
 
 def micro_batches(examples, budget, device):
@@ -608,9 +557,9 @@ def micro_batches(examples, budget, device):
     return packed
 
 
-def cosine(step, steps, warmup=0.05):
+def cosine(step, steps):
     """Learning-rate factor: linear over the first 5 % of the steps, then half a cosine down to 0."""
-    rise = max(1, round(warmup * steps))
+    rise = max(1, round(0.05 * steps))
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
@@ -624,13 +573,13 @@ def main():
     max_len = min(args.max_len, verify.context_length(args.model))
     stages, counts = read_examples(args.data, args.objective, args.stage2_size, tokenizer, phrases, max_len,
                                    args.seed, args.no_clean)
-    verify.say(f"phrases {'|'.join(phrases)}; " + ", ".join(f"{name} {n}" for name, n in counts.items() if n))
+    verify.say(f"phrases {'|'.join(phrases)}; " + ", ".join(f"{name} {n}" for name, n in counts.items()))
     verify.open_out(args, ranks, FREE)
     if verify.finished(args.out, "final"):
         return dist.destroy_process_group()
     resolve_defaults(args, ranks.device)
-    model = load_model(args.model, ranks, make_mesh(ranks), args.dtype, args.attn,
-                       checkpointing=args.checkpointing, compile=args.compile)
+    model = load_model(args.model, ranks, make_mesh(ranks), args.dtype, checkpointing=args.checkpointing,
+                       compile=args.compile)
     optimizer = make_optimizer(model, args.weight_decay, betas=(0.9, 0.95))
     progress = load_state(args.out, lambda: training_state(model, optimizer)) or {"step": 0}
     metrics = Metrics(args.out, progress["step"])
@@ -647,12 +596,11 @@ def main():
         loss_tokens = sum(w > 0 for e in batch for w in e.weights)
 
         loss = torch.zeros((), device=ranks.device)
+        scale = ranks.world / loss_tokens  # FSDP averages gradients over ranks; times world makes that a sum
         mine = batch[ranks.rank::ranks.world]
         for packed, select, weights in micro_batches(mine, args.micro_tokens, ranks.device):
-            # FSDP averages gradients over ranks; times world makes that a sum
-            weights *= ranks.world / loss_tokens
             part, _ = model(packed, select, lambda hidden, head: chunked_ce(
-                hidden, head, packed.ids[select + 1], weights))
+                hidden, head, packed.ids[select + 1], weights * scale))
             part.backward()
             loss += part.detach() / ranks.world
         dist.all_reduce(loss)
@@ -672,8 +620,8 @@ def main():
     saver.wait()
     save_model(os.path.join(args.out, "final"), model, tokenizer, phrases, args.dtype)
     if ranks.rank == 0:
-        summary = {"counts": counts, "steps": len(plan), **vars(args)}
-        summary |= {"dtype": str(args.dtype), "phrases": phrases}
+        summary = {"counts": counts, "steps": len(plan), **vars(args), "dtype": str(args.dtype),
+                   "phrases": phrases}
         verify.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1))
     verify.say(f"saved {args.out}/final")
     dist.destroy_process_group()

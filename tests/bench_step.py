@@ -140,12 +140,8 @@ def draw_lengths(number, longest, seed):
 
 
 def time_state(folder, tensors, ranks):
-    """Size of a training state, and seconds: to take memory for a copy, that the loop waits for a save (twice), to write, to read."""
+    """Size of a training state, and seconds: that the loop waits for a save (twice), to write, to read."""
     saver, waits, writes = sft.Saver(folder, 1, ranks.device), [], []
-    start = time.perf_counter()
-    saver.reserve(tensors)
-    saver.wait()
-    reserved = time.perf_counter() - start
     for step in (0, 1):
         shutil.rmtree(saver.folder, ignore_errors=True)  # two of them may not fit on the disk
         dist.barrier()
@@ -159,7 +155,7 @@ def time_state(folder, tensors, ranks):
     loaded = time.perf_counter() - start
     if ranks.rank == 0:
         size = sum(f.stat().st_size for f in Path(sft.states(saver.folder)[-1]).iterdir())
-        print(f"state: {size / 2**30:.1f} GiB; memory for a copy {reserved:.1f} s; the loop waits {waits[0]:.1f} and {waits[1]:.1f} s; "
+        print(f"state: {size / 2**30:.1f} GiB; the loop waits {waits[0]:.1f} and {waits[1]:.1f} s; "
               f"written in {writes[0]:.1f} and {writes[1]:.1f} s, loaded in {loaded:.1f} s", flush=True)
 
 

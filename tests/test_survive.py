@@ -266,8 +266,9 @@ def test_a_write_that_fails_on_one_rank_is_raised_on_all(where, broken_rank, tmp
         for step in range(1, 200):
             if step == 4 and ranks.rank == broken_rank:
                 saver.wait()
-                module, name = {"begin": (os, "makedirs"), "end": (sft, "replace_folder"),
-                                "data": (torch.distributed.checkpoint.filesystem.FileSystemWriter, "write_data")}[where]
+                writer = torch.distributed.checkpoint.filesystem.FileSystemWriter
+                module, name = {"begin": (writer, "prepare_local_plan"), "data": (writer, "write_data"),
+                                "end": (sft, "replace_folder")}[where]
                 setattr(module, name, broken)
             try:
                 saver.after_step(step, lambda: {"a": torch.full((4,), float(step))}, {"step": step})
