@@ -51,6 +51,7 @@ from verify import fail, natural, positive, within
 
 # flags that a run that goes on may change: none of them moves a row to another step
 FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype checkpointing compile"
+FEW = 300  # wrong -> right tuples
 
 # ---- packed attention
 # fewer heads of k and v than of q: torch 2.11 takes them without the flag
@@ -252,10 +253,10 @@ class Metrics:
         if self.path:
             with open(self.path, "a") as f:
                 f.write(json.dumps(row) + "\n")
-            share = f"  mfu {row['mfu']:.1%}" if row["mfu"] else ""
+            on_gpu = f"  peak {row['peak_gb']:.2f} GiB, held {row['held_gb']:.2f}" if row["peak_gb"] else ""
+            on_gpu += f"  mfu {row['mfu']:.1%}" if row["mfu"] else ""
             print(f"{title}  |g| {row['grad_norm']:.3f}  lr {row['lr']:.2e}  {row['seconds']:.2f} s  "
-                  f"{row['tokens_per_s']:.0f} tok/s{share}  peak {row['peak_gb']:.2f} GiB, "
-                  f"held {row['held_gb']:.2f}", flush=True)
+                  f"{row['tokens_per_s']:.0f} tok/s{on_gpu}", flush=True)
 
 
 # ---- checkpoints
@@ -574,6 +575,9 @@ def main():
     stages, counts = read_examples(args.data, args.objective, args.stage2_size, tokenizer, phrases, max_len,
                                    args.seed, args.no_clean)
     verify.say(f"phrases {'|'.join(phrases)}; " + ", ".join(f"{name} {n}" for name, n in counts.items()))
+    if args.objective != "rft" and counts["wrong -> right"] < FEW:
+        verify.say(f"warning: {counts['wrong -> right']} tuples after a wrong y_init; with 270 and fewer the "
+                   "teacher of phase 2 only copied (docs/real.md): collect more, or from a stronger model")
     verify.open_out(args, ranks, FREE)
     if verify.finished(args.out, "final"):
         return dist.destroy_process_group()
