@@ -22,14 +22,16 @@ def main(out):
     collect, rft = read("collect", "summary.json"), read("collect_rft", "summary.json")
 
     toy = os.path.isdir(os.path.join(out, "toy"))  # its answers are numbers, so that a first answer is easily found
-    columns = ["accuracy", "95 % interval", "tokens", "truncated", *(["first"] if toy else []), "revised", "net"]
-    lines = [" ".join([" " * 8, *(f"{name:>13s}" for name in columns)])]
+    widths = {"accuracy": 8, "95 % interval": 15, "tokens": 7, "truncated": 10, **({"first": 7} if toy else {}), "revised": 8, "net": 7}
+    row = lambda name, cells: f"{name:8s} " + " ".join(f"{cells[column]:>{width}s}" for column, width in widths.items())
+    lines = [row("", {column: column for column in widths})]
     for key, name in NAMES.items():
         r = results[key]
         low, high = r["init_accuracy_95"]
-        cells = [f"{r['init_accuracy']:.3f}", f"[{low:.3f}, {high:.3f}]", f"{r['init_mean_tokens']:.1f}", f"{r['init_truncated']:.3f}",
-                 *([f"{first_answer(out, key):.3f}"] if toy else []), f"{r['revised_accuracy']:.3f}", f"{r['net_correction']:+.2f}"]
-        lines.append(" ".join([f"{name:8s}", *(f"{cell:>13s}" for cell in cells)]))
+        lines.append(row(name, {
+            "accuracy": f"{r['init_accuracy']:.3f}", "95 % interval": f"[{low:.3f}, {high:.3f}]", "tokens": f"{r['init_mean_tokens']:.1f}",
+            "truncated": f"{r['init_truncated']:.3f}", "first": f"{first_answer(out, key):.3f}" if toy else "",
+            "revised": f"{r['revised_accuracy']:.3f}", "net": f"{r['net_correction']:+.2f}"}))
     print("\n".join(lines))
     base = results["base"]
     print(f"\n{base['problems']} held-out problems, {base['init_total'] // base['problems']} responses each, temperature "
