@@ -85,7 +85,6 @@ def mendable(error):
         return f"{text}; lower --micro_tokens (training) or --vllm_memory (sampling), and start it again"
     if isinstance(error, (OSError, SafetensorError)) or "inline_container.cc" in text:  # of torch.save
         return f"{text}; mend this (is the disk full?): nothing whole is lost, and the same command goes on"
-    return None
 
 
 def catch_signals():
@@ -149,12 +148,11 @@ def hold(folder):
 def finished(out, product, **wanted):
     """True, and says so, if a run has ended here: summary.json, which it writes last, has these values."""
     summary, product = (os.path.join(out, name) for name in ("summary.json", product))
-    if not (os.path.exists(summary) and os.path.exists(product)):
-        return False
-    if not wanted.items() <= json.load(open(summary)).items():
-        return False
-    say(f"{product} is there already: nothing to do (--fresh starts over)")
-    return True
+    there = os.path.exists(summary) and os.path.exists(product)
+    ended = there and wanted.items() <= json.load(open(summary)).items()
+    if ended:
+        say(f"{product} is there already: nothing to do (--fresh starts over)")
+    return ended
 
 
 def say(message):
@@ -302,14 +300,13 @@ def load_problems(data, judge, range_=None, max_problems=None):
         text = problem.problem
         if text_of.setdefault(problem.id, text) != text:
             fail(f"{where}: an earlier row with other text has the id {problem.id!r}; ids must differ")
-        repeated = text in texts  # codeforces-cots has a row for each of several solutions
-        texts.add(text)
-        if total > start and repeated:
+        if total > start and text in texts:  # codeforces-cots has a row for each of several solutions
             dropped["same problem as in an earlier row"] += 1
         elif total > start:
             asked.append((problem, judge.pool.submit(judge.gold, row)))
             if len(asked) > 200:
                 asked[-200][1].result()  # no more rows than these wait in memory
+        texts.add(text)
     if range_ and total <= start:
         fail(f"--range {range_} is empty: none of the {total} rows up to its end is in it")
     problems = []
