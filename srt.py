@@ -8,9 +8,8 @@ Phase 1a of SD-Zero: sample, judge, revise, judge, keep -> D_revision. With --ev
     4. y_revised ~ pi(. | x, y_init, P_r)            --num_revisions
     5. keep (x, y_init, P_r, y_revised) if y_revised is right, up to --target
 
-Departures from the official code: every GPU samples; problems are handed out one by one; verdicts come in
-while others are still being sampled; a response is on disk as soon as it is judged, so the same command goes
-on after a kill; responses are kept as token ids too, so nothing is ever tokenised twice.
+Departures from the official code: every GPU samples, problem by problem; verdicts come in meanwhile; each
+response is on disk once it is judged, so the same command goes on after a kill; no text is tokenised again.
 
     python srt.py --model Qwen/Qwen3-4B-Instruct-2507 --data open-r1/OpenR1-Math-220k --range 0:10000 \\
         --out runs/collect
@@ -106,7 +105,6 @@ class HFSampler(Sampler):
         cache = DynamicCache(config=self.model.config)
         noise = [np.random.Generator(np.random.Philox(r.seed)) for r in requests]
         tokens, logps = [[] for _ in requests], [[] for _ in requests]
-        room = [self.room(r.ids, max_tokens) for r in requests]
         live = list(range(len(requests)))  # rows of the batch -> requests
         while live:
             logits = self.model(ids, attention_mask=mask, position_ids=position, past_key_values=cache,
@@ -117,8 +115,8 @@ class HFSampler(Sampler):
             for i, a, b in zip(live, token.tolist(), logp.tolist()):
                 tokens[i].append(a)
                 logps[i].append(b)
-            rows = [row for row, i in enumerate(live)
-                    if tokens[i][-1] not in self.end_ids and len(tokens[i]) < room[i]]  # that go on
+            rows = [row for row, i in enumerate(live) if tokens[i][-1] not in self.end_ids
+                    and len(tokens[i]) < self.room(requests[i].ids, max_tokens)]  # that go on
             if len(rows) < len(live):
                 live = [live[row] for row in rows]
                 token, position, mask = token[rows], position[rows], mask[rows]
@@ -280,7 +278,7 @@ def serve(coroutines, waiting, stopped, sampler, **how):
                 tokens += len(sample.ids)
                 if everything.done() or stopped():
                     break  # what is half-sampled is asked for again, with the same seeds
-            runner.run(asyncio.sleep(0.02))  # some verdicts are still to come
+            runner.run(asyncio.sleep(0.05))  # verdicts are still to come
         if everything.done():
             everything.result()  # raises what broke one
     return tokens
@@ -290,7 +288,6 @@ def serve(coroutines, waiting, stopped, sampler, **how):
 # responses.jsonl, while ranks are at work responses.rankN.jsonl: a row for each judged response, of kind
 # "init" or "revision". d_revision.jsonl: a row for each tuple kept, with the fields of both.
 
-
 TRUNCATED = {"y_init": "truncated", "y_revised": "revised_truncated"}  # the field that says so of each
 
 
@@ -299,14 +296,11 @@ def row_key(row):
     return row["id"], row["sample"], row.get("revision", -1)
 
 
-def row_files(out):
-    return glob.glob(os.path.join(glob.escape(out), "responses*.jsonl"))
-
-
 def read_rows(out):
     """{row_key: row} of everything that ranks have written in this folder."""
     rows = {}
-    for path in row_files(out):
+    for path in glob.glob("responses*.jsonl", root_dir=out):
+        path = os.path.join(out, path)
         for line, row in verify.read_jsonl(path, torn_ok=True):
             verify.need(row, path, line, kind=str, id=str, sample=int)
             rows[row_key(row)] = row
@@ -318,10 +312,10 @@ def merge(out, problems):
     order = {problem.id: i for i, problem in enumerate(problems)}
     rows = [row for row in read_rows(out).values() if row["id"] in order]
     rows.sort(key=lambda row: (order[row["id"]], *row_key(row)[1:]))
-    whole = os.path.join(out, "responses.jsonl")
-    write_rows(whole, rows)
-    for path in set(row_files(out)) - {whole}:
-        os.remove(path)  # every line of it now stands in responses.jsonl
+    if rows:
+        write_rows(os.path.join(out, "responses.jsonl"), rows)
+    for path in glob.glob("responses.rank*.jsonl", root_dir=out):
+        os.remove(os.path.join(out, path))  # every line of it now stands in responses.jsonl
     return rows
 
 
@@ -351,7 +345,6 @@ def mean(values):
 
 
 def measures(name, rows):
-    """What is counted of y_init and of y_revised alike."""
     y = f"y_{name}"
     return {
         f"{name}_total": len(rows), f"{name}_correct": sum(row[f"{y}_correct"] for row in rows),
@@ -457,10 +450,10 @@ def main():
     verify.say(f"{len(problems)} problems ({sum(dropped.values())} dropped), {ranks.world} rank(s) on "
                f"{ranks.device.type}, {type(sampler).__name__} {dtype}, P_r {'|'.join(phrases)}")
 
-    if ranks.rank == 0 and row_files(args.out):
-        merge(args.out, problems)  # what an earlier run of the same command has finished, but for a torn line
+    if ranks.rank == 0:  # a killed run may have left half a line
+        merge(args.out, problems)
     dist.barrier()
-    done = read_rows(args.out)
+    done = read_rows(args.out)  # what an earlier run of the same command has finished
     file = open(os.path.join(args.out, f"responses.rank{ranks.rank}.jsonl"), "a")
     bar = tqdm(total=len(problems), desc="problems", disable=ranks.rank != 0)
     waiting = deque()  # requests that the sampler has not taken yet
@@ -484,9 +477,9 @@ def main():
         r = init["y_init_correct"]
         if init["no_room"] or (r and not args.revise_correct):
             return
-        revised = await asyncio.gather(*(respond("y_revised", problem, seen(x, init), {
-            "kind": "revision", "id": problem.id, "sample": k, "revision": n, "p_r": phrases[r]})
-            for n in range(args.num_revisions)))
+        told = {"kind": "revision", "id": problem.id, "sample": k, "p_r": phrases[r]}
+        revised = await asyncio.gather(*(respond("y_revised", problem, seen(x, init), {**told, "revision": n})
+                                         for n in range(args.num_revisions)))
         ranks.store.add("kept", sum(row["y_revised_correct"] for row in revised))
 
     def seen(x, init):
@@ -511,7 +504,7 @@ def main():
         file.flush()
         return row
 
-    started, caught = time.time(), verify.catch_signals()
+    caught, started = verify.catch_signals(), time.time()
     workers = [work() for _ in range(min(sampler.max_seqs, math.ceil(len(problems) / ranks.world)))]
     tokens = serve(workers, waiting, stopped, sampler, max_tokens=args.max_tokens,
                    temperature=args.temperature, top_p=args.top_p, logprobs=False)

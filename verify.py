@@ -8,8 +8,8 @@ What a problem is, how it is asked, and how verdicts are given. Every phase spea
 
 What is right a verifier says: verifiers/math.py, verifiers/code.py, or your own file, --mode my_reward.py.
 
-Departures from the official code, which has three different prompts and joins text in one phase, ids in
-another: here there is one prompt, P_r meets tokens in one place, and ids are never decoded and encoded again.
+Departures from the official code, which has three prompts and joins text in one phase, ids in another: one
+prompt, one place where P_r meets tokens, and ids are never decoded and encoded again.
 
     python verify.py --data gsm8k_test.jsonl                                  # what is kept, dropped, and why
     python verify.py --data gsm8k_test.jsonl --responses O/responses.jsonl    # judge again: what changed
@@ -48,10 +48,7 @@ class Ranks(NamedTuple):
 
 
 def launch():
-    """
-    Joins the process group of torchrun (or makes one of a single process) and chooses this rank's device.
-    Returns Ranks. cpu tensors go through gloo, cuda tensors through nccl.
-    """
+    """Joins the process group of torchrun, or makes one of this process alone; returns its Ranks."""
     import torch
     import torch.distributed as dist
     import transformers
@@ -97,9 +94,9 @@ def catch_signals():
 
 def open_out(args, ranks, free):
     """
-    Makes --out, with the flags of the run and a hash of the verifier's source in its flags.json; with --fresh
-    an old folder is renamed first. Flags that differ from those of a run that is in it are named; the program
-    ends if one is not among `free` (a string of names). One that an older flags.json lacks had its default.
+    Makes --out, with the flags of the run and a hash of the verifier's source in its flags.json. Flags that
+    differ from those of a run that is in it are named; the program ends if one is not among `free` (a string
+    of names). One that an older flags.json lacks had its default.
     """
     import torch.distributed as dist
     defaults = vars(args).pop("defaults")
@@ -212,10 +209,7 @@ class Problem:
 
 
 def read_jsonl(path, torn_ok=False):
-    """
-    Yields (line number, row) of a .jsonl file. torn_ok: a last line without its newline, left by a killed
-    run, is skipped. Ends the program, naming file and line, on anything but one JSON object per line.
-    """
+    """Yields (line number, row) of a .jsonl file. torn_ok: skips half a last line, left by a killed run."""
     if not os.path.isfile(path):
         fail(f"{path} is not there, or no file; a .jsonl file is wanted")
     with open(path, "rb") as f:
@@ -281,11 +275,9 @@ def make_problem(row, where, name, mode):
 
 def load_problems(data, judge, range_=None, max_problems=None):
     """
-    Problems of a file or hub name, in order, and a Counter of why others were dropped (--data of a phase).
-
-    judge: its verifier gives each row's gold answer, or says why there is none. range_: "A:B", rows as they
-    stand in the file, so that phases given disjoint ranges see disjoint questions: a row that repeats the
-    text of an earlier one, in the range or before it, is dropped. max_problems: at most so many of the kept.
+    Problems of a file or hub name (load_rows), in order, and a Counter of why others were dropped. range_:
+    "A:B", rows as they stand in the file. A row that repeats the text of an earlier one, in the range or
+    before it, is dropped, so that phases given disjoint ranges see disjoint questions.
     Ends the program if nothing is left, if two problems have one id, and on rows without a problem.
     """
     judge.verifier.check(judge.limits)
@@ -343,15 +335,12 @@ def phrases_flag(text):
 
 
 def phrases_of(model, override=None):
-    """
-    P_r for a model folder, the texts (wrong, right): --phrases, else those that its config records
-    (checkpoints of an earlier version: their name), else by its model_type.
-    """
+    """(wrong, right), two texts: --phrases, else what the model's config records, else by its model_type."""
     from transformers import AutoConfig
     config = AutoConfig.from_pretrained(model)
     family = "olmo" if config.model_type.startswith("olmo") else "qwen"
     phrases = override or getattr(config, "sdzero_phrases", family)
-    if isinstance(phrases, str):
+    if isinstance(phrases, str):  # --phrases, or a name that a checkpoint of an earlier version records
         phrases = PHRASES.get(phrases) or phrases.split("|")
     if len(phrases) != 2:
         fail(f"model {model} records phrases that are not in verify.PHRASES; give --phrases 'WRONG|RIGHT'")
@@ -503,13 +492,10 @@ def descendants(pid):
 
 class Judge(contextlib.AbstractContextManager):
     """
-    A pool of worker processes that give verdicts. One that takes longer than the limit or dies (memory) is
-    killed and replaced; its answer counts as wrong, with the reason 'timeout' or 'crash', and so does one on
-    which the verifier raises. It needs neither signals nor the main thread: any thread may use a Judge.
-
-    workers: processes (default: the cores, shared among the ranks of this node). limit: seconds a verdict may
-    take; for a program, seconds of one test whose problem states none. memory: GiB of address space of a
-    worker; a program may have 1 GiB. sandbox=False runs programs without any protection.
+    A pool of worker processes that give verdicts; any thread may use it. A worker that takes too long or dies
+    (memory) is replaced; its answer counts as wrong, with the reason 'timeout' or 'crash', and so does one on
+    which the verifier raises. limit: seconds of a verdict, or of one test of a program that states none.
+    memory: GiB of address space of a worker; a program may have 1 GiB.
     """
 
     def __init__(self, mode="math", workers=None, limit=5.0, memory=4.0, sandbox=True):

@@ -431,7 +431,7 @@ srt.py      --model {broken_config}                 broken_config
 srt.py      --model {unknown_type}                  unknown_type
 srt.py      --model {no_tokenizer}                  no_tokenizer
 srt.py      --model {broken_tokenizer}              broken_tokenizer
-srt.py      --model {no_template}                   cannot use chat template
+srt.py      --model {no_template}                   Cannot use chat template
 srt.py      --model {no_weights}                    no_weights
 srt.py      --model {broken_weights}                header
 srt.py      --data {missing.jsonl}                  missing.jsonl is not there
