@@ -8,9 +8,8 @@ Phase 1a of SD-Zero: sample, judge, revise, judge, keep -> D_revision. With --ev
     4. y_revised ~ pi(. | x, y_init, P_r)            --num_revisions
     5. keep (x, y_init, P_r, y_revised) if y_revised is right, up to --target
 
-Departures from the official code: every GPU samples; problems are handed out one by one; verdicts come in
-while others are still being sampled; a response is on disk as soon as it is judged, so the same command goes
-on after a kill; responses are kept as token ids too, so nothing is ever tokenised twice.
+Departures from the official code: every GPU samples, problem by problem; verdicts come in meanwhile; each
+response is on disk once it is judged, so the same command goes on after a kill; no text is tokenised again.
 
     python srt.py --model Qwen/Qwen3-4B-Instruct-2507 --data open-r1/OpenR1-Math-220k --range 0:10000 \\
         --out runs/collect
@@ -106,7 +105,6 @@ class HFSampler(Sampler):
         cache = DynamicCache(config=self.model.config)
         noise = [np.random.Generator(np.random.Philox(r.seed)) for r in requests]
         tokens, logps = [[] for _ in requests], [[] for _ in requests]
-        room = [self.room(r.ids, max_tokens) for r in requests]
         live = list(range(len(requests)))  # rows of the batch -> requests
         while live:
             logits = self.model(ids, attention_mask=mask, position_ids=position, past_key_values=cache,
@@ -117,8 +115,8 @@ class HFSampler(Sampler):
             for i, a, b in zip(live, token.tolist(), logp.tolist()):
                 tokens[i].append(a)
                 logps[i].append(b)
-            rows = [row for row, i in enumerate(live)
-                    if tokens[i][-1] not in self.end_ids and len(tokens[i]) < room[i]]  # that go on
+            rows = [row for row, i in enumerate(live) if tokens[i][-1] not in self.end_ids
+                    and len(tokens[i]) < self.room(requests[i].ids, max_tokens)]  # that go on
             if len(rows) < len(live):
                 live = [live[row] for row in rows]
                 token, position, mask = token[rows], position[rows], mask[rows]
@@ -132,9 +130,7 @@ class HFSampler(Sampler):
     def load(self, named_tensors):
         parameters = dict(self.model.named_parameters())
         for name, tensor in named_tensors:
-            parameters.pop(name).copy_(tensor)
-        if parameters:
-            raise RuntimeError(f"weights that the sampler has and did not get: {sorted(parameters)[:3]} ...")
+            parameters[name].copy_(tensor)
 
     def close(self):
         del self.model
@@ -261,10 +257,36 @@ def close(judge, sampler):
         dist.destroy_process_group()
 
 
+def serve(coroutines, waiting, stopped, sampler, **how):
+    """
+    Runs coroutines until all have ended or stopped() is true. What they ask for they put into `waiting`, as
+    Requests whose keys are futures of Samples. Returns how many tokens were sampled; raises what they raise.
+    """
+    tokens = 0
+    with asyncio.Runner() as runner:
+        create_task = runner.get_loop().create_task
+        everything = asyncio.gather(*map(create_task, coroutines))
+
+        def pull():
+            """Lets all go on whose sample or verdict has come; gives what one of them asks for next."""
+            runner.run(asyncio.sleep(0))
+            return waiting.popleft() if waiting else None
+
+        while not everything.done() and not stopped():
+            for sample in sampler.stream(pull, **how):
+                sample.request.key.set_result(sample)
+                tokens += len(sample.ids)
+                if everything.done() or stopped():
+                    break  # what is half-sampled is asked for again, with the same seeds
+            runner.run(asyncio.sleep(0.05))  # verdicts are still to come
+        if everything.done():
+            everything.result()  # raises what broke one
+    return tokens
+
+
 # ---------------------------------------------------------------------------------------------------- rows
 # responses.jsonl, while ranks are at work responses.rankN.jsonl: a row for each judged response, of kind
 # "init" or "revision". d_revision.jsonl: a row for each tuple kept, with the fields of both.
-
 
 TRUNCATED = {"y_init": "truncated", "y_revised": "revised_truncated"}  # the field that says so of each
 
@@ -277,15 +299,12 @@ def row_key(row):
 def read_rows(out):
     """{row_key: row} of everything that ranks have written in this folder."""
     rows = {}
-    for path in row_files(out):
+    for path in glob.glob("responses*.jsonl", root_dir=out):
+        path = os.path.join(out, path)
         for line, row in verify.read_jsonl(path, torn_ok=True):
             verify.need(row, path, line, kind=str, id=str, sample=int)
             rows[row_key(row)] = row
     return rows
-
-
-def row_files(out):
-    return glob.glob(os.path.join(glob.escape(out), "responses*.jsonl"))
 
 
 def merge(out, problems):
@@ -293,10 +312,10 @@ def merge(out, problems):
     order = {problem.id: i for i, problem in enumerate(problems)}
     rows = [row for row in read_rows(out).values() if row["id"] in order]
     rows.sort(key=lambda row: (order[row["id"]], *row_key(row)[1:]))
-    whole = os.path.join(out, "responses.jsonl")
-    write_rows(whole, rows)
-    for path in set(row_files(out)) - {whole}:
-        os.remove(path)  # every line of it now stands in responses.jsonl
+    if rows:
+        write_rows(os.path.join(out, "responses.jsonl"), rows)
+    for path in glob.glob("responses.rank*.jsonl", root_dir=out):
+        os.remove(os.path.join(out, path))  # every line of it now stands in responses.jsonl
     return rows
 
 
@@ -325,8 +344,8 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
-def measures(name, y, rows):
-    """What is counted of y_init and of y_revised alike."""
+def measures(name, rows):
+    y = f"y_{name}"
     return {
         f"{name}_total": len(rows), f"{name}_correct": sum(row[f"{y}_correct"] for row in rows),
         f"{name}_accuracy": mean(row[f"{y}_correct"] for row in rows),
@@ -336,29 +355,41 @@ def measures(name, y, rows):
 
 
 def summarise(rows, kept, num_responses):
-    """The counts of the official code and the measures of the paper, from all rows and the tuples kept."""
+    """The counts of the official code, the measures of the paper; kept: the tuples kept, None with --eval."""
     inits, revised = [row for row in rows if row["kind"] == "init"], tuples(rows)
     by_problem = {}
     for row in inits:
         by_problem.setdefault(row["id"], []).append(row["y_init_correct"])
-    first, after = measures("init", "y_init", inits), measures("revised", "y_revised", revised)
-    p, q = first["init_accuracy"], after["revised_accuracy"]
-    all_revised = {row_key(row)[:2] for row in revised} == {row_key(row)[:2] for row in inits}
-    not_right = {f"y_revised {why}": n for why, n in after["revised_verdicts"].items() if why != "right"}
-    return {
-        "problems": len(by_problem), **first,
-        "init_accuracy_95": wilson(p, len(by_problem)) if inits else None,  # a problem's samples count as one
-        f"avg@{num_responses}": mean(map(mean, by_problem.values())),
-        f"pass@{num_responses}": mean(map(any, by_problem.values())),
-        **after,
-        "revised_accuracy_of_right": mean(r["y_revised_correct"] for r in revised if r["y_init_correct"]),
-        "revised_accuracy_of_wrong": mean(r["y_revised_correct"] for r in revised if not r["y_init_correct"]),
-        # share of the errors that one revision removes; only if every y_init was revised
-        "net_correction": (q - p) / (1 - p) if revised and all_revised and p < 1 else None,
-        "kept": len(kept), "kept_after_right_init": sum(row["y_init_correct"] for row in kept),
-        "kept_after_wrong_init": sum(not row["y_init_correct"] for row in kept),
-        "dropped": {**not_right, "over the target": after["revised_correct"] - len(kept) if kept else 0,
-                    "no room to revise": sum(row["no_room"] for row in inits)}}
+    s = {"problems": len(by_problem), **measures("init", inits), **measures("revised", revised)}
+    p, q, verdicts = s["init_accuracy"], s["revised_accuracy"], s["revised_verdicts"]
+    s["init_accuracy_95"] = wilson(p, len(by_problem)) if inits else None  # a problem's samples count as one
+    s[f"avg@{num_responses}"] = mean(map(mean, by_problem.values()))
+    s[f"pass@{num_responses}"] = mean(map(any, by_problem.values()))
+    for name, told in (("right", True), ("wrong", False)):
+        s[f"revised_accuracy_of_{name}"] = mean(
+            row["y_revised_correct"] for row in revised if row["y_init_correct"] == told)
+    all_revised = len({row_key(row)[:2] for row in revised}) == len(inits) > 0
+    # share of the errors that one revision removes
+    s["net_correction"] = (q - p) / (1 - p) if all_revised and p < 1 else None
+    s["kept"] = len(kept or ())
+    if kept is not None:
+        s["wrong_to_right"] = sum(not row["y_init_correct"] for row in kept)
+        s["no_answer_revised"] = mean(row["y_revised_verdict"] == "no answer" for row in revised)
+    s["dropped"] = {f"y_revised {why}": n for why, n in verdicts.items() if why != "right"}
+    s["dropped"]["over the target"] = s["revised_correct"] - len(kept) if kept else 0
+    s["dropped"]["no room to revise"] = sum(row["no_room"] for row in inits)
+    return s
+
+
+def enough(summary, target):
+    """Whether D_revision will do: it is from wrong -> right tuples that the teacher learns to correct."""
+    few = " (few: the teacher may only copy; see docs/real.md)" if summary["wrong_to_right"] < 300 else ""
+    line = (f"D_revision: {summary['wrong_to_right']} wrong -> right tuples{few}; "
+            f"{100 * (summary['revised_accuracy_of_wrong'] or 0):.1f} % of the revisions of wrong answers "
+            f"are right; {100 * (summary['no_answer_revised'] or 0):.1f} % of all revisions have no answer")
+    if summary["kept"] < target:
+        line += f"\nnote: --target {target} was not reached; all problems gave {summary['kept']} tuples"
+    return line
 
 
 # ---------------------------------------------------------------------------------------------------- main
@@ -366,35 +397,37 @@ def summarise(rows, kept, num_responses):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Collect D_revision (SRT, phase 1a), or evaluate: --eval.")
-    # what
-    parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
-    parser.add_argument("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
-    parser.add_argument("--out", required=True, help="folder for responses, d_revision, summary.json")
-    parser.add_argument("--mode", default="math", help=verify.MODE_HELP)
-    parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data, others in a phase")
-    parser.add_argument("--max_problems", type=natural, help="at most so many problems")
-    parser.add_argument("--eval", action="store_true", help="keep nothing: measure only")
+    add = parser.add_argument
+    add("--model", required=True, help="Hugging Face folder or hub name")
+    add("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
+    add("--out", required=True, help="folder for responses, d_revision, summary.json")
+    add("--mode", default="math", help=verify.MODE_HELP)
+    add("--range", dest="range_", metavar="A:B", help="rows of the data, others in a phase")
+    add("--max_problems", type=natural, help="at most so many problems")
+    add("--eval", action="store_true", help="keep nothing: measure only")
     # how much
-    parser.add_argument("--num_responses", type=natural, default=1, help="y_init per problem")
-    parser.add_argument("--num_revisions", type=within(int, 0), help="per y_init; default: 3, with --eval 0")
-    parser.add_argument("--revise_correct", type=int, choices=(0, 1), default=1, help="1: right y_init too")
-    parser.add_argument("--target", type=within(int, 0), help="tuples to keep; default 6000; 0: no limit")
+    add("--num_responses", type=natural, default=1, help="y_init per problem")
+    add("--num_revisions", type=within(int, 0), help="per y_init; default: 3, with --eval 0")
+    add("--revise_correct", type=int, choices=(0, 1), default=1, help="1: right y_init too")
+    add("--target", type=within(int, 0), default=6000, help="tuples to keep; 0: no limit")
     # sampling
-    parser.add_argument("--temperature", type=within(float, 0), default=1.0)
-    parser.add_argument("--top_p", type=share, default=0.9)
-    parser.add_argument("--max_tokens", type=natural, default=16384, help="per response")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
+    add("--temperature", type=within(float, 0), default=1.0)
+    add("--top_p", type=share, default=0.9)
+    add("--max_tokens", type=natural, default=16384, help="per response")
+    add("--seed", type=int, default=0)
+    add("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
     # engine
-    parser.add_argument("--engine", type=engine_name, choices=("vllm", "hf"), help="default: vllm if there")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a cpu")
-    parser.add_argument("--vllm_memory", type=share, default=0.85, help="share of the GPU's memory for vLLM")
-    parser.add_argument("--judge_seconds", type=positive, default=5.0, help="of a verdict; for code, a test")
-    parser.add_argument("--unsafe_no_sandbox", action="store_true", help=verify.UNSAFE)
-    parser.add_argument("--fresh", action="store_true", help="start over; an old --out is renamed")
+    add("--engine", type=engine_name, choices=("vllm", "hf"), help="default: vllm if there")
+    add("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a cpu")
+    add("--vllm_memory", type=share, default=0.85, help="share of the GPU's memory for vLLM")
+    add("--judge_seconds", type=positive, default=5.0, help="of a verdict; for code, a test")
+    add("--unsafe_no_sandbox", action="store_true", help=verify.UNSAFE)
+    add("--fresh", action="store_true", help="start over; an old --out is renamed")
     args = verify.parse(parser)
     if args.num_revisions is None:
         args.num_revisions = 0 if args.eval else 3
+    if args.eval:
+        args.target = 0
     return args
 
 
@@ -406,105 +439,75 @@ def main():
     judge = verify.Judge(args.mode, limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox)
     problems, dropped = verify.load_problems(args.data, judge, args.range_, args.max_problems)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
-    dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     longest = check_lengths(args.model, prompts, args.max_tokens)
-    reachable = len(problems) * args.num_responses * args.num_revisions
-    if not args.eval and (args.target or 0) > reachable:
-        fail(f"--target {args.target}: {len(problems)} problems x {args.num_responses} responses x "
-             f"{args.num_revisions} revisions give at most {reachable}; lower it, or raise one of these")
-    target = 0 if args.eval else 6000 if args.target is None else args.target
     verify.open_out(args, ranks, FREE)
-    if verify.finished(args.out, "responses.jsonl", target=target):
+    if verify.finished(args.out, "responses.jsonl", target=args.target):
         judge.close()
         return dist.destroy_process_group()
+    dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     max_len = longest + (2 if args.num_revisions else 1) * args.max_tokens + 64
     sampler = make_sampler(args.engine, args.model, tokenizer, max_len, ranks.device, dtype, args.vllm_memory)
-    if ranks.rank == 0:
-        print(f"{len(problems)} problems ({sum(dropped.values())} dropped), {ranks.world} rank(s) on "
-              f"{ranks.device.type}, {type(sampler).__name__} {dtype}, P_r {'|'.join(phrases)}", flush=True)
+    verify.say(f"{len(problems)} problems ({sum(dropped.values())} dropped), {ranks.world} rank(s) on "
+               f"{ranks.device.type}, {type(sampler).__name__} {dtype}, P_r {'|'.join(phrases)}")
 
-    done = read_rows(args.out)  # what an earlier run of the same command has finished
-    own_file = os.path.join(args.out, f"responses.rank{ranks.rank}.jsonl")
-    if os.path.exists(own_file):  # a killed run may have left half a line
-        write_rows(own_file, [row for _, row in verify.read_jsonl(own_file, torn_ok=True)])
+    if ranks.rank == 0:  # a killed run may have left half a line
+        merge(args.out, problems)
     dist.barrier()
-    caught = verify.catch_signals()
-    file, bar = open(own_file, "a"), tqdm(total=len(problems), desc="problems", disable=ranks.rank != 0)
-    waiting, judging = deque(), set()  # requests that the sampler has not taken yet; verdicts to come
-
-    async def attempt(problem, x, k):
-        """Steps 1 to 5 for the k-th y_init of a problem, but for what an earlier run has done."""
-        init = done.get((problem.id, k, -1)) or {
-            "kind": "init", "id": problem.id, "problem": problem.problem,
-            "answer": problem.answer if isinstance(problem.answer, str) else None, "mode": problem.mode,
-            "sample": k, **await answer("y_init", problem, x, k)}
-        seen = verify.revision_ids(tokenizer, x, init["y_init_tokens"], init["y_init_correct"], phrases)
-        if "no_room" not in init:
-            init["no_room"] = bool(args.num_revisions) and len(seen) >= sampler.max_len
-            write(init)
-        if not init["no_room"] and (args.revise_correct or not init["y_init_correct"]):
-            await asyncio.gather(*(revise(problem, seen, init, n) for n in range(args.num_revisions)))
-
-    async def revise(problem, seen, init, n):
-        row = done.get((problem.id, init["sample"], n)) or write({
-            "kind": "revision", "id": problem.id, "sample": init["sample"], "revision": n,
-            "p_r": phrases[init["y_init_correct"]],
-            **await answer("y_revised", problem, seen, init["sample"], n)})
-        if row["y_revised_correct"]:
-            ranks.store.add("kept", 1)
-
-    async def answer(y, problem, ids, *name):
-        """A sampled and judged response as fields of a row; name: what tells it from the problem's others."""
-        sampled = asyncio.get_running_loop().create_future()
-        waiting.append(Request(sampled, ids, request_seed(args.seed, problem.id, *name)))
-        sample = await sampled
-        text = tokenizer.decode(sample.ids, skip_special_tokens=True)
-        judged = asyncio.wrap_future(judge.submit(problem, text))
-        judging.add(judged)
-        judged.add_done_callback(judging.discard)
-        verdict = await judged
-        return {y: text, f"{y}_correct": verdict.correct, f"{y}_verdict": verdict.reason,
-                f"{y}_tokens": sample.ids, TRUNCATED[y]: sample.truncated}
-
-    def write(row):
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        return row
+    done = read_rows(args.out)  # what an earlier run of the same command has finished
+    file = open(os.path.join(args.out, f"responses.rank{ranks.rank}.jsonl"), "a")
+    bar = tqdm(total=len(problems), desc="problems", disable=ranks.rank != 0)
+    waiting = deque()  # requests that the sampler has not taken yet
+    stopped = lambda: ranks.store.add("stop", len(caught)) > 0  # as soon as any rank has had a signal
 
     async def work():
         """One of many alike: problem after problem, until none is left or the target is reached."""
-        while not target or ranks.store.add("kept", 0) < target:
+        while not args.target or ranks.store.add("kept", 0) < args.target:
             i = ranks.store.add("taken", 1) - 1
             if i >= len(problems):
                 return
             bar.update(i + 1 - bar.n)
             await asyncio.gather(*(attempt(problems[i], prompts[i], k) for k in range(args.num_responses)))
 
-    def pull():
-        """Lets all go on whose sample or verdict has come; gives what one of them asks for next."""
-        runner.run(asyncio.sleep(0))
-        return waiting.popleft() if waiting else None
+    async def attempt(problem, x, k):
+        """Steps 1 to 5 for the k-th y_init of a problem."""
+        init = await respond("y_init", problem, x, {
+            "kind": "init", "id": problem.id, "problem": problem.problem,
+            "answer": problem.answer if isinstance(problem.answer, str) else None, "mode": problem.mode,
+            "sample": k})
+        r = init["y_init_correct"]
+        if init["no_room"] or (r and not args.revise_correct):
+            return
+        told = {"kind": "revision", "id": problem.id, "sample": k, "p_r": phrases[r]}
+        revised = await asyncio.gather(*(respond("y_revised", problem, seen(x, init), {**told, "revision": n})
+                                         for n in range(args.num_revisions)))
+        ranks.store.add("kept", sum(row["y_revised_correct"] for row in revised))
 
-    def stopped():
-        """True as soon as any rank has had a signal."""
-        return ranks.store.add("stop", len(caught)) > 0
+    def seen(x, init):
+        """What y_revised is sampled after."""
+        return verify.revision_ids(tokenizer, x, init["y_init_tokens"], init["y_init_correct"], phrases)
 
-    started, tokens = time.time(), 0
-    with asyncio.Runner() as runner:
-        equal_share = math.ceil(len(problems) / ranks.world)
-        create_task = runner.get_loop().create_task
-        everything = asyncio.gather(*(create_task(work()) for _ in range(min(sampler.max_seqs, equal_share))))
-        while not everything.done() and not stopped():
-            for sample in sampler.stream(pull, max_tokens=args.max_tokens, temperature=args.temperature,
-                                         top_p=args.top_p, logprobs=False):
-                sample.request.key.set_result(sample)
-                tokens += len(sample.ids)
-                if everything.done() or stopped():
-                    break  # what is half-sampled is asked for again, with the same seeds
-            if judging:
-                runner.run(asyncio.wait(judging))
-        if everything.done():
-            everything.result()  # raises what broke one
+    async def respond(y, problem, ids, row):
+        """`row` with a response after `ids`, sampled, judged and written, now or by an earlier run."""
+        if row_key(row) in done:
+            return done[row_key(row)]
+        sampled = asyncio.get_running_loop().create_future()
+        seed = request_seed(args.seed, *(part for part in row_key(row) if part != -1))
+        waiting.append(Request(sampled, ids, seed))
+        sample = await sampled
+        row[y] = tokenizer.decode(sample.ids, skip_special_tokens=True)
+        verdict = await asyncio.wrap_future(judge.submit(problem, row[y]))
+        row |= {f"{y}_correct": verdict.correct, f"{y}_verdict": verdict.reason,
+                f"{y}_tokens": sample.ids, TRUNCATED[y]: sample.truncated}
+        if y == "y_init":
+            row["no_room"] = bool(args.num_revisions) and len(seen(ids, row)) >= sampler.max_len
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        return row
+
+    caught, started = verify.catch_signals(), time.time()
+    workers = [work() for _ in range(min(sampler.max_seqs, math.ceil(len(problems) / ranks.world)))]
+    tokens = serve(workers, waiting, stopped, sampler, max_tokens=args.max_tokens,
+                   temperature=args.temperature, top_p=args.top_p, logprobs=False)
     seconds = time.time() - started
     bar.close()
     file.close()
@@ -512,24 +515,21 @@ def main():
     dist.all_gather_object(tokens_of, tokens)
 
     if stopped():
-        if ranks.rank == 0:
-            print(f"stopped by a signal: what is judged is in {args.out}; the same command goes on there")
+        verify.say(f"stopped by a signal: what is judged is in {args.out}; the same command goes on there")
     elif ranks.rank == 0:
-        rows, kept = merge(args.out, problems), []
+        rows, kept = merge(args.out, problems), None
         if not args.eval:
-            kept = [row for row in tuples(rows) if row["y_revised_correct"]][: target or None]
+            kept = [row for row in tuples(rows) if row["y_revised_correct"]][: args.target or None]
             write_rows(os.path.join(args.out, "d_revision.jsonl"), kept)
-        summary = {
-            "model": args.model, "data": args.data, "phrases": phrases, "temperature": args.temperature,
-            "top_p": args.top_p, "max_tokens": args.max_tokens, "seed": args.seed, "target": target,
-            "engine": type(sampler).__name__, "problems_dropped": dict(dropped),
-            **summarise(rows, kept, args.num_responses), "seconds": round(seconds, 1),
-            "tokens_per_second": round(sum(tokens_of) / seconds, 1), "tokens_per_rank": tokens_of}
+        found = {**summarise(rows, kept, args.num_responses), "seconds": round(seconds, 1),
+                 "tokens_per_second": round(sum(tokens_of) / seconds, 1), "tokens_per_rank": tokens_of}
+        summary = {**vars(args), "engine": type(sampler).__name__, "phrases": phrases,
+                   "problems_dropped": dict(dropped), **found}
         verify.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1) + "\n")
-        for name, value in summary.items():
+        for name, value in found.items():
             print(f"{name:28s} {round(value, 4) if isinstance(value, float) else value}")
-        if target and len(kept) < target:
-            print(f"note: --target {target} was not reached: all problems together gave {len(kept)} tuples")
+        if not args.eval and args.num_revisions:
+            print(enough(found, args.target))
     close(judge, sampler)
 
 

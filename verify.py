@@ -8,8 +8,8 @@ What a problem is, how it is asked, and how verdicts are given. Every phase spea
 
 What is right a verifier says: verifiers/math.py, verifiers/code.py, or your own file, --mode my_reward.py.
 
-Departures from the official code, which has three different prompts and joins text in one phase, ids in
-another: here there is one prompt, P_r meets tokens in one place, and ids are never decoded and encoded again.
+Departures from the official code, which has three prompts and joins text in one phase, ids in another: one
+prompt, one place where P_r meets tokens, and ids are never decoded and encoded again.
 
     python verify.py --data gsm8k_test.jsonl                                  # what is kept, dropped, and why
     python verify.py --data gsm8k_test.jsonl --responses O/responses.jsonl    # judge again: what changed
@@ -20,7 +20,6 @@ import fcntl
 import functools
 import glob
 import hashlib
-import importlib.util
 import itertools
 import json
 import os
@@ -32,6 +31,7 @@ import subprocess
 import sys
 import time
 import traceback
+import types
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,10 +48,7 @@ class Ranks(NamedTuple):
 
 
 def launch():
-    """
-    Joins the process group of torchrun (or makes one of a single process) and chooses this rank's device.
-    Returns Ranks. cpu tensors go through gloo, cuda tensors through nccl.
-    """
+    """Joins the process group of torchrun, or makes one of this process alone; returns its Ranks."""
     import torch
     import torch.distributed as dist
     import transformers
@@ -80,14 +77,11 @@ def mendable(error):
     from torch.distributed.checkpoint.api import CheckpointException
     if isinstance(error, CheckpointException):  # what broke it, on whichever rank
         error = next(iter(error.failures.values()))[0]
-    text = (str(error).splitlines() or [""])[0]
+    text = str(error).partition("\n")[0]
     if isinstance(error, torch.OutOfMemoryError):
         return f"{text}; lower --micro_tokens (training) or --vllm_memory (sampling), and start it again"
-    if "inline_container.cc" in text:  # how torch.save says that the disk took no more
-        text = f"a state could not be written, is the disk full? ({text})"
-    elif not isinstance(error, (OSError, SafetensorError)):
-        return None
-    return f"{text}; nothing whole is lost: once this is mended, the same command goes on"
+    if isinstance(error, (OSError, SafetensorError)) or "inline_container.cc" in text:  # of torch.save
+        return f"{text}; mend this (is the disk full?): nothing whole is lost, and the same command goes on"
 
 
 def catch_signals():
@@ -100,9 +94,9 @@ def catch_signals():
 
 def open_out(args, ranks, free):
     """
-    Makes --out, with the flags of the run and a hash of the verifier's source in its flags.json; with --fresh
-    an old folder is renamed first. Flags that differ from those of a run that is in it are named; the program
-    ends if one is not among `free` (a string of names). One that an older flags.json lacks had its default.
+    Makes --out, with the flags of the run and a hash of the verifier's source in its flags.json. Flags that
+    differ from those of a run that is in it are named; the program ends if one is not among `free` (a string
+    of names). One that an older flags.json lacks had its default.
     """
     import torch.distributed as dist
     defaults = vars(args).pop("defaults")
@@ -115,12 +109,12 @@ def open_out(args, ranks, free):
             print(f"--fresh: {args.out} is now {old}")
             os.makedirs(args.out)
             hold(args.out)
-        path = os.path.join(args.out, "flags.json")
         flags = {name.rstrip("_"): value for name, value in vars(args).items()}
         del flags["out"], flags["fresh"]
         if "mode" in flags:
             with open(load_verifier(args.mode).__file__, "rb") as f:
                 flags["verifier"] = hashlib.sha256(f.read()).hexdigest()[:12]
+        path = os.path.join(args.out, "flags.json")
         begun = os.path.exists(path) and os.listdir(args.out) != ["flags.json"]
         before = {**flags, **defaults, **json.load(open(path))} if begun else flags
         changed = [name for name in flags if before[name] != flags[name]]
@@ -149,12 +143,10 @@ def hold(folder):
 
 
 def finished(out, product, **wanted):
-    """True, and says so, if a run has ended here: summary.json, the last that it writes, has these values."""
-    summary, product = os.path.join(out, "summary.json"), os.path.join(out, product)
-    if not os.path.exists(summary) or not os.path.exists(product):
-        return False
-    with open(summary) as f:
-        ended = wanted.items() <= json.load(f).items()
+    """True, and says so, if a run has ended here: summary.json, which it writes last, has these values."""
+    summary, product = (os.path.join(out, name) for name in ("summary.json", product))
+    there = os.path.exists(summary) and os.path.exists(product)
+    ended = there and wanted.items() <= json.load(open(summary)).items()
     if ended:
         say(f"{product} is there already: nothing to do (--fresh starts over)")
     return ended
@@ -217,24 +209,17 @@ class Problem:
 
 
 def read_jsonl(path, torn_ok=False):
-    """
-    Yields (line number, row) of a .jsonl file. torn_ok: a last line without its newline, left by a killed
-    run, is skipped. Ends the program, naming file and line, on anything but one JSON object per line.
-    """
+    """Yields (line number, row) of a .jsonl file. torn_ok: skips half a last line, left by a killed run."""
     if not os.path.isfile(path):
-        fail(f"{path} is {'a folder' if os.path.isdir(path) else 'not there'}; a .jsonl file is wanted")
+        fail(f"{path} is not there, or no file; a .jsonl file is wanted")
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
-            whole = line.endswith(b"\n")
-            if not line.strip() or (torn_ok and not whole):
+            if not line.strip() or (torn_ok and not line.endswith(b"\n")):
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError) as e:
-                names = {UnicodeDecodeError: "not UTF-8", RecursionError: "nested too deeply"}
-                found = names.get(type(e), "not JSON")
-                torn = "" if whole else "; the last line is torn, as a killed run leaves it"
-                fail(f"{path}:{number}: {found} ({e}{torn}); mend or remove this line")
+                fail(f"{path}:{number}: not JSON in UTF-8 ({e}); mend or remove this line")
             if not isinstance(row, dict):
                 fail(f"{path}:{number}: a JSON object is wanted, found {type(row).__name__}")
             yield number, row
@@ -254,13 +239,14 @@ def load_rows(data):
     if end == ".jsonl":
         yield from ((f"{data}:{line}", row) for line, row in read_jsonl(data))
         return
-    kind = {".json": "JSON file", ".parquet": "parquet file"}.get(end, "data set that the hub gives")
-    if os.path.exists(data) and "file" not in kind:
+    if os.path.exists(data) and end not in (".json", ".parquet"):
         fail(f"--data {data} is not a .jsonl, .json or .parquet file")
     try:
         if end == ".json":
             with open(data, encoding="utf-8") as f:
                 rows = json.load(f)
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                fail(f"--data {data}: a list of objects is wanted")
         elif end == ".parquet":
             import pyarrow.parquet
             parts = pyarrow.parquet.ParquetFile(data).iter_batches(1024)
@@ -271,51 +257,50 @@ def load_rows(data):
             name, _, config = name.partition(":")
             rows = datasets.load_dataset(name, config or None, split=split or "train")  # stays on disk
     except (OSError, ValueError) as e:
-        fail(f"--data {data}: not a {kind}: {str(e).splitlines()[0]}")
-    if end == ".json" and not isinstance(rows, list):
-        fail(f"{data}: a list of rows is wanted, found {type(rows).__name__}")
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            fail(f"{data}: row {i}: an object is wanted, found {type(row).__name__}")
-        yield f"{data}: row {i}", row
+        fail(f"--data {data} cannot be read: {str(e).splitlines()[0]}")
+    yield from ((f"{data}: row {i}", row) for i, row in enumerate(rows))
+
+
+def make_problem(row, where, name, mode):
+    """A row's Problem, still without its answer; name: its id where the row has none."""
+    text = next((row[field] for field in PROBLEM_FIELDS if row.get(field)), None)
+    if not isinstance(text, str) or not text.strip():
+        fail(f"{where}: no problem text; one of the fields {', '.join(PROBLEM_FIELDS)} is wanted")
+    text, starter = text.strip(), (row.get("starter_code") or "").strip()
+    if row.get("entry_point") and starter not in text:
+        text += f"\n\n```python\n{starter}\n```"
+    ids = [row[field] for field in ("id", "uuid") if row.get(field) is not None]
+    return Problem(str(ids[0] if ids else name), text, None, mode)
 
 
 def load_problems(data, judge, range_=None, max_problems=None):
     """
-    Problems of a file or hub name, in order, and a Counter of why others were dropped (--data of a phase).
-
-    judge: its verifier gives each row's gold answer, or says why there is none. range_: "A:B", rows as they
-    stand in the file, so that phases given disjoint ranges see disjoint questions: a row that repeats the
-    text of an earlier one, in the range or before it, is dropped. max_problems: at most so many of the kept.
+    Problems of a file or hub name (load_rows), in order, and a Counter of why others were dropped. range_:
+    "A:B", rows as they stand in the file. A row that repeats the text of an earlier one, in the range or
+    before it, is dropped, so that phases given disjoint ranges see disjoint questions.
     Ends the program if nothing is left, if two problems have one id, and on rows without a problem.
     """
-    if hasattr(judge.verifier, "check"):
-        judge.verifier.check(judge.limits)
-    start, stop = parse_range(range_)
-    asked, dropped, seen, texts, i = [], Counter(), {}, set(), -1
+    judge.verifier.check(judge.limits)
+    match = re.fullmatch(r"(\d*):(\d*)", range_ or ":")
+    if not match:
+        fail(f"--range {range_}: A:B is wanted, two row numbers such as 0:10000")
+    start, stop = int(match[1] or 0), int(match[2] or sys.maxsize)
     stem = os.path.basename(data).split(".")[0]
-    for i, (where, row) in enumerate(itertools.islice(load_rows(data), stop)):
-        name, text = next(((name, row[name]) for name in PROBLEM_FIELDS if row.get(name)), (None, ""))
-        id_ = str(next((row[k] for k in ("id", "uuid") if row.get(k) is not None), f"{stem}-{i}"))
-        if seen.setdefault(id_, (where, text))[1] != text:
-            fail(f"{where}: id {id_!r} stands already at {seen[id_][0]}, with other text; ids must differ")
-        words = str(text).strip()
-        if words and words in texts:  # codeforces-cots has a row for each of several solutions
-            dropped["same problem as in an earlier row"] += i >= start
-            continue
-        texts.add(words)
-        if i < start:
-            continue
-        if not isinstance(text, str):
-            fail(f"{where}: field '{name}' should be text, found {type(text).__name__}")
-        if not words:
-            fail(f"{where}: no problem text; one of the fields {', '.join(PROBLEM_FIELDS)} is wanted")
-        starter = row.get("starter_code")
-        if row.get("entry_point") and isinstance(starter, str) and starter.strip() not in text:
-            words += f"\n\n```python\n{starter.strip()}\n```"
-        asked.append((Problem(id_, words, None, judge.mode), judge.pool.submit(judge.gold, row)))
-        if len(asked) > 200:
-            asked[-200][1].result()  # no more rows than these wait in memory
+    asked, dropped, text_of, texts, total = [], Counter(), {}, set(), 0
+    for total, (where, row) in enumerate(itertools.islice(load_rows(data), stop), 1):
+        problem = make_problem(row, where, f"{stem}-{total - 1}", judge.mode)
+        text = problem.problem
+        if text_of.setdefault(problem.id, text) != text:
+            fail(f"{where}: an earlier row with other text has the id {problem.id!r}; ids must differ")
+        if total > start and text in texts:  # codeforces-cots has a row for each of several solutions
+            dropped["same problem as in an earlier row"] += 1
+        elif total > start:
+            asked.append((problem, judge.pool.submit(judge.gold, row)))
+            if len(asked) > 200:
+                asked[-200][1].result()  # no more rows than these wait in memory
+        texts.add(text)
+    if range_ and total <= start:
+        fail(f"--range {range_} is empty: none of the {total} rows up to its end is in it")
     problems = []
     for problem, gold in asked:
         problem.answer, why = gold.result()
@@ -323,27 +308,10 @@ def load_problems(data, judge, range_=None, max_problems=None):
             dropped[why] += 1
         else:
             problems.append(problem)
-    if n := dropped["gold: crash"]:
-        say(f"--mode {judge.mode}: `gold` crashed on {n} of {len(asked)} rows of {data}, which are dropped; "
-            f"the first time:\n{judge.crashes.get('gold', 'out of memory')}")
-    if range_ and i < start:
-        fail(f"--range {range_} is empty: the data has {i + 1} rows")
-    dropped = +dropped
     if not problems:
         why = dict(dropped) or "none, it is empty"
-        fail(f"--data {data}: no problem is left of {i + 1 - start}; dropped: {why}")
+        fail(f"--data {data}: no problem is left of {total - start}; dropped: {why}")
     return problems[:max_problems], dropped
-
-
-def parse_range(range_):
-    """'A:B' -> (A, B), either side may be left out; ends the program on anything else."""
-    match = re.fullmatch(r"(\d*):(\d*)", range_ or ":")
-    if not match:
-        fail(f"--range {range_}: A:B is wanted, two row numbers such as 0:10000")
-    start, stop = int(match[1] or 0), int(match[2] or sys.maxsize)
-    if start >= stop:
-        fail(f"--range {range_} is empty")
-    return start, stop
 
 
 # -------------------------------------------------------------------------------------------------- tokens
@@ -367,17 +335,14 @@ def phrases_flag(text):
 
 
 def phrases_of(model, override=None):
-    """
-    P_r for a model folder, the texts (wrong, right): --phrases, else those that its config records
-    (checkpoints of an earlier version: their name), else by its model_type.
-    """
+    """(wrong, right), two texts: --phrases, else what the model's config records, else by its model_type."""
     from transformers import AutoConfig
     config = AutoConfig.from_pretrained(model)
-    phrases = override or getattr(config, "sdzero_phrases", None)
-    phrases = phrases or ("olmo" if config.model_type.startswith("olmo") else "qwen")
-    if isinstance(phrases, str):
-        phrases = phrases.split("|") if "|" in phrases else PHRASES.get(phrases)
-    if not phrases:
+    family = "olmo" if config.model_type.startswith("olmo") else "qwen"
+    phrases = override or getattr(config, "sdzero_phrases", family)
+    if isinstance(phrases, str):  # --phrases, or a name that a checkpoint of an earlier version records
+        phrases = PHRASES.get(phrases) or phrases.split("|")
+    if len(phrases) != 2:
         fail(f"model {model} records phrases that are not in verify.PHRASES; give --phrases 'WRONG|RIGHT'")
     return tuple(phrases)
 
@@ -388,23 +353,19 @@ def load_tokenizer(model):
     generation config and itself call eos), first the one that its chat template ends an assistant turn with.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-    is_hub_name = model.count("/") == 1 and not os.path.exists(model)
-    if not is_hub_name and not os.path.isfile(os.path.join(model, "config.json")):
-        fail(f"model {model}: no config.json there; a folder with a Hugging Face model is wanted")
     try:
         AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        turn = tokenizer.apply_chat_template(messages, return_dict=False)
     except (OSError, ValueError, TypeError, KeyError) as e:  # a file is missing, not JSON, or of another kind
-        fail(f"model {model}: its config or tokenizer does not load: {(str(e).splitlines() or [''])[0]}")
-    if not tokenizer.chat_template:
-        fail(f"model {model}: its tokenizer has no chat template; use an instruct model or add one")
+        text = str(e).strip().partition("\n")[0]
+        fail(f"model {model}: its config, tokenizer or chat template cannot be used: {text}")
     try:
         eos = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:  # the folder has none
         eos = None
     ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    turn = tokenizer.apply_chat_template(messages, return_dict=False)
     last = next((i for i in reversed(turn) if i in ends), None)
     if last is None:
         fail(f"model {model}: its chat template ends no assistant turn with one of its eos {sorted(ends)}")
@@ -470,19 +431,18 @@ def load_verifier(mode):
     """The module of a --mode: 'math', 'code', or a path that ends in .py. Ends the program if it is none."""
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "verifiers")
     path = mode if mode.endswith(".py") else os.path.join(folder, f"{mode}.py")
-    if not os.path.isfile(path):
-        fail(f"--mode {mode}: {path} is not there; give math, code, or the path of your own .py file")
     name = "verifier_" + os.path.basename(path)[:-3]
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__file__ = path
+    module.check = lambda limits: None  # these two are optional
+    module.longest = lambda gold, limits: limits["seconds"]
     try:
         with open(path, encoding="utf-8") as f:  # its source: what Python has cached of it may be older
             exec(compile(f.read(), path, "exec"), module.__dict__)
+        module.INSTRUCTION, module.gold, module.judge  # AttributeError where one is missing
     except Exception as e:  # whatever a user's file may raise
-        fail(f"--mode {mode}: {path} cannot be imported: {type(e).__name__}: {e}")
-    missing = [name for name in ("INSTRUCTION", "gold", "judge") if not hasattr(module, name)]
-    if missing:
-        fail(f"--mode {mode}: {path} has no {', no '.join(missing)}; it needs INSTRUCTION, gold and judge")
+        fail(f"--mode {mode}: {path} cannot be used: {type(e).__name__}: {e}; give math, code, or a path of "
+             "your own: a .py file with INSTRUCTION, gold and judge")
     return module
 
 
@@ -525,39 +485,41 @@ def descendants(pid):
     found = [pid]
     for pid in found:
         for path in glob.glob(f"/proc/{pid}/task/*/children"):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(path) as f:  # it may end
+            with contextlib.suppress(OSError), open(path) as f:  # it may have ended
                 found += map(int, f.read().split())
     return found
 
 
 class Judge(contextlib.AbstractContextManager):
     """
-    A pool of worker processes that give verdicts. One that takes longer than the limit or dies (memory) is
-    killed and replaced; its answer counts as wrong, with the reason 'timeout' or 'crash', and so does one on
-    which the verifier raises. It needs neither signals nor the main thread: any thread may use a Judge.
-
-    workers: processes (default: the cores, shared among the ranks of this node). limit: seconds a verdict may
-    take; for a program, seconds of one test whose problem states none. memory: GiB of address space of a
-    worker. program_memory: GiB that a program may have. sandbox=False runs programs without any protection.
+    A pool of worker processes that give verdicts; any thread may use it. A worker that takes too long or dies
+    (memory) is replaced; its answer counts as wrong, with the reason 'timeout' or 'crash', and so does one on
+    which the verifier raises. limit: seconds of a verdict, or of one test of a program that states none.
+    memory: GiB of address space of a worker; a program may have 1 GiB.
     """
 
-    def __init__(self, mode="math", workers=None, limit=5.0, memory=4.0, program_memory=1.0, sandbox=True):
+    def __init__(self, mode="math", workers=None, limit=5.0, memory=4.0, sandbox=True):
         if not sandbox:
             say(f"--unsafe_no_sandbox: {UNSAFE}")
         workers = workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.mode, self.verifier, self.memory = mode, load_verifier(mode), memory
-        self.limits = {"seconds": limit, "memory": program_memory, "sandbox": sandbox}
-        self.crashes = {}  # the first traceback of `gold`, and of `judge`
-        self.idle = deque(self.start() for _ in range(workers))  # all at once: their imports take a second
+        self.limits = {"seconds": limit, "memory": 1.0, "sandbox": sandbox}
+        self.shown = set()  # the functions of which a crash has been shown
+        started = [self.start() for _ in range(workers)]  # all at once: their imports take a second
+        self.idle = deque(map(self.ready, started))
         self.pool = ThreadPoolExecutor(workers)  # each of its threads takes a worker that is idle
 
     def start(self):
         """A new worker, in a session of its own: Ctrl-C does not reach it."""
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), "--worker", self.mode, str(self.memory)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"})
-        process.is_ready = False
+
+    def ready(self, process):
+        """Waits until a new worker has made its imports."""
+        if not self.read(process, 60):
+            raise RuntimeError(f"a judge worker did not start; run this to see why: {' '.join(process.args)}")
         return process
 
     def stop(self, process):
@@ -571,9 +533,6 @@ class Judge(contextlib.AbstractContextManager):
     def ask(self, function, arguments, seconds):
         """(what a function of the verifier returns, None), or (None, 'timeout' or 'crash')."""
         process = self.idle.pop()
-        if not process.is_ready and not self.read(process, 60):
-            raise RuntimeError(f"a judge worker did not start; run this to see why: {' '.join(process.args)}")
-        process.is_ready = True
         try:
             process.stdin.write((json.dumps([seconds, function, arguments], default=str) + "\n").encode())
             process.stdin.flush()
@@ -582,17 +541,17 @@ class Judge(contextlib.AbstractContextManager):
             line = b""
         if not line:
             self.stop(process)
-            process = self.start()
+            process = self.ready(self.start())
         self.idle.append(process)
-        if not line:
-            return None, "timeout" if line is None else "crash"
-        reply = json.loads(line)
+        reply = json.loads(line or "{}")
         if "value" in reply:
             return reply["value"], None
-        if self.crashes.setdefault(function, reply["crash"]) is reply["crash"] and function == "judge":
-            print(f"--mode {self.mode}: `judge` crashed, which counts as wrong, with the reason 'crash'; the "
-                  f"first time:\n{reply['crash']}", file=sys.stderr, flush=True)
-        return None, "crash"
+        if reply and function not in self.shown:
+            self.shown.add(function)
+            effect = {"gold": "drops the row", "judge": "counts as wrong"}[function]
+            print(f"--mode {self.mode}: `{function}` crashed, which {effect}; the first time:\n"
+                  f"{reply['crash']}", file=sys.stderr, flush=True)
+        return None, "timeout" if line is None else "crash"
 
     def read(self, process, seconds):
         """A line of a worker, b"" if it is dead, None if it takes too long."""
@@ -607,9 +566,8 @@ class Judge(contextlib.AbstractContextManager):
         return (None, f"gold: {failed}") if failed else value
 
     def verdict(self, problem, response):
-        longest = getattr(self.verifier, "longest", lambda gold, limits: limits["seconds"])
-        arguments = problem.answer, response, self.limits
-        reason, failed = self.ask("judge", arguments, longest(problem.answer, self.limits))
+        seconds = self.verifier.longest(problem.answer, self.limits)
+        reason, failed = self.ask("judge", [problem.answer, response, self.limits], seconds)
         return Verdict(reason == "right", failed or reason)
 
     def submit(self, problem, response):
@@ -620,13 +578,12 @@ class Judge(contextlib.AbstractContextManager):
         """Verdicts of responses[i] to problems[i], in order."""
         return [f.result() for f in [self.submit(p, r) for p, r in zip(problems, responses, strict=True)]]
 
-    def close(self):
+    def close(self, *_):
         self.pool.shutdown()
         for process in self.idle:
             self.stop(process)
 
-    def __exit__(self, *_):
-        self.close()
+    __exit__ = close
 
 
 # --------------------------------------------------------------------------------------------- as a script
@@ -634,13 +591,14 @@ class Judge(contextlib.AbstractContextManager):
 
 def main():
     parser = argparse.ArgumentParser(description="Check a data set, or judge responses again.")
-    parser.add_argument("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
-    parser.add_argument("--responses", help="responses.jsonl of srt.py: judge it again, print what changed")
-    parser.add_argument("--range", dest="range_", metavar="A:B", help="rows of the data")
-    parser.add_argument("--mode", default="math", help=MODE_HELP)
-    parser.add_argument("--judge_seconds", type=positive, default=5.0, help="of a verdict; for code, a test")
-    parser.add_argument("--unsafe_no_sandbox", action="store_true", help=UNSAFE)
-    args = parse(parser)
+    add = parser.add_argument
+    add("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
+    add("--responses", help="responses.jsonl of srt.py: judge it again, print what changed")
+    add("--range", dest="range_", metavar="A:B", help="rows of the data")
+    add("--mode", default="math", help=MODE_HELP)
+    add("--judge_seconds", type=positive, default=5.0, help="of a verdict; for code, a test")
+    add("--unsafe_no_sandbox", action="store_true", help=UNSAFE)
+    args = parser.parse_args()
     with Judge(args.mode, limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox) as judge:
         problems, dropped = load_problems(args.data, judge, args.range_)
         print(f"{args.data}: {len(problems)} kept, {sum(dropped.values())} dropped")
@@ -652,7 +610,7 @@ def main():
 
 def judge_again(path, by_id, judge):
     """Judges each response of a responses.jsonl anew and prints where the verdict is another one."""
-    asked, unknown, reasons, changed = [], set(), Counter(), 0
+    asked, others, changed, reasons = [], 0, 0, Counter()
     for line, row in read_jsonl(path):
         need(row, path, line, id=str, kind=str)
         y = "y_init" if row["kind"] == "init" else "y_revised"
@@ -660,17 +618,17 @@ def judge_again(path, by_id, judge):
         if row["id"] in by_id:
             asked.append((line, y, row, judge.submit(by_id[row["id"]], row[y])))
         else:
-            unknown.add(row["id"])
+            others += 1
     if not asked:
-        fail(f"{path}: no response to a problem of --data; {len(unknown)} ids that are not in the data")
+        fail(f"--responses {path}: {others} responses, none of them to a problem of --data")
     for line, y, row, verdict in asked:
         correct, reason = verdict.result()
         reasons[reason] += 1
         if correct != row[f"{y}_correct"]:
             changed += 1
             print(f"  {path}:{line}: {y} of {row['id']}: {'wrong' if correct else 'right'} -> {reason}")
-    print(f"{path}: {len(asked)} judged ({', '.join(f'{n} {why}' for why, n in reasons.most_common())}), "
-          f"{changed} changed, {len(unknown)} ids not in the data")
+    counts = ", ".join(f"{n} {why}" for why, n in reasons.most_common())
+    print(f"{path}: {len(asked)} judged ({counts}), {changed} changed, {others} to problems not in the data")
 
 
 if __name__ == "__main__":

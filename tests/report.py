@@ -39,7 +39,7 @@ def main(out):
           + ("first: of the first \\boxed{} in it; " if toy else "") + "revised: of one more attempt after P_r;\n"
           "net: share of the errors which that attempt removes, negative where it adds some.")
     print(f"SRT: {collect['init_total']} + {collect['revised_total']} generations, {collect['kept']} tuples kept "
-          f"({collect['kept_after_wrong_init']} after a wrong y_init). RFT: {rft['init_total']} generations, {rft['init_correct']} right.")
+          f"({collect['wrong_to_right']} after a wrong y_init). RFT: {rft['init_total']} generations, {rft['init_correct']} right.")
 
     fig, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
     for ax, value, title in ((axes[0], "init_accuracy", "accuracy, held-out problems"), (axes[1], "init_mean_tokens", "mean tokens")):

@@ -123,8 +123,34 @@ def test_summary_of_rows_by_hand():
     assert (s["problems"], s["init_total"], s["init_correct"], s["init_mean_tokens"], s["init_truncated"]) == (3, 6, 3, 1.5, 0.5)
     assert (s["revised_total"], s["revised_correct"], s["revised_mean_tokens"]) == (3, 2, 4)
     assert s["revised_accuracy_of_wrong"] == pytest.approx(2 / 3) and s["revised_accuracy_of_right"] is None
-    assert s["net_correction"] is None and (s["kept"], s["kept_after_wrong_init"]) == (1, 1)  # not every y_init was revised
+    assert s["net_correction"] is None and (s["kept"], s["wrong_to_right"]) == (1, 1)  # not every y_init was revised
     assert s["dropped"] == {"y_revised no answer": 1, "over the target": 1, "no room to revise": 0}
+
+
+def test_the_summary_says_whether_d_revision_is_enough(qwen, problems_file, tmp_path):
+    """wrong -> right tuples, wrong ones mended, no answer: one line and three numbers; too few of the first are said to be few."""
+    row = lambda id_, y_init, verdicts: [
+        {"kind": "init", "id": id_, "sample": 0, "y_init_correct": y_init == "right", "y_init_verdict": y_init,
+         "y_init_tokens": [1], "truncated": False, "no_room": False},
+        *({"kind": "revision", "id": id_, "sample": 0, "revision": n, "y_revised_correct": verdict == "right",
+           "y_revised_verdict": verdict, "y_revised_tokens": [1], "revised_truncated": False} for n, verdict in enumerate(verdicts))]
+    for n, few in ((1, " (few: the teacher may only copy; see docs/real.md)"), (250, "")):
+        rows = [r for i in range(n) for r in row(f"w{i}", "wrong", ["right", "right", "wrong", "no answer", "no answer"])]
+        rows += row("r", "right", ["right"] * 5)
+        s = srt.summarise(rows, [r for r in srt.tuples(rows) if r["y_revised_correct"]], 1)
+        assert (s["kept"], s["wrong_to_right"]) == (2 * n + 5, 2 * n)
+        assert s["revised_accuracy_of_wrong"] == pytest.approx(0.4) and s["no_answer_revised"] == pytest.approx(2 * n / (5 * n + 5))
+        silent = 100 * 2 * n / (5 * n + 5)
+        assert srt.enough(s, 0) == (f"D_revision: {2 * n} wrong -> right tuples{few}; 40.0 % of the revisions of wrong answers are "
+                                    f"right; {silent:.1f} % of all revisions have no answer")
+        assert f"--target {2 * n + 6} was not reached" in srt.enough(s, 2 * n + 6)
+    said = collect(tmp_path / "out", qwen, problems_file, "--max_problems", 3).stdout
+    assert "D_revision: 0 wrong -> right tuples (few: the teacher may only copy" in said and "of all revisions have no answer" in said
+    s = json.load(open(tmp_path / "out/summary.json"))
+    assert s["wrong_to_right"] == 0 and 0 <= s["no_answer_revised"] <= 1
+    said = collect(tmp_path / "eval", qwen, problems_file, "--max_problems", 3, "--eval").stdout
+    assert "revised_accuracy" in said and "D_revision" not in said
+    assert not {"wrong_to_right", "no_answer_revised"} & json.load(open(tmp_path / "eval/summary.json")).keys()
 
 
 def test_target_and_revise_correct(tmp_path, guesser):

@@ -425,14 +425,14 @@ def bad(inputs, tmp_path_factory):
 
 
 BAD = """
-srt.py      --model {missing}                       no config.json
-srt.py      --model {empty}                         no config.json
-srt.py      --model {good.jsonl}                    no config.json
+srt.py      --model {missing}                       cannot be used
+srt.py      --model {empty}                         cannot be used
+srt.py      --model {good.jsonl}                    cannot be used
 srt.py      --model {broken_config}                 broken_config
 srt.py      --model {unknown_type}                  unknown_type
 srt.py      --model {no_tokenizer}                  no_tokenizer
 srt.py      --model {broken_tokenizer}              broken_tokenizer
-srt.py      --model {no_template}                   no chat template
+srt.py      --model {no_template}                   Cannot use chat template
 srt.py      --model {no_weights}                    no_weights
 srt.py      --model {broken_weights}                header
 srt.py      --data {missing.jsonl}                  missing.jsonl is not there
@@ -441,13 +441,13 @@ srt.py      --data {text.txt}                       not a .jsonl, .json or .parq
 srt.py      --data {nothing.jsonl}                  empty
 srt.py      --data {not_json.jsonl}                 not_json.jsonl:7: not JSON
 srt.py      --data {list.jsonl}                     list.jsonl:7: a JSON object is wanted
-srt.py      --data {latin1.jsonl}                   latin1.jsonl:2: not UTF-8
+srt.py      --data {latin1.jsonl}                   latin1.jsonl:2: not JSON in UTF-8
 srt.py      --data {unknown_field.jsonl}            no problem text
 srt.py      --data {no_answer.jsonl}                no problem is left
 srt.py      --data {twice.jsonl}                    ids must differ
 srt.py      --data {long.jsonl}                     a prompt has
-srt.py      --data {broken.json}                    not a JSON file
-srt.py      --data {object.json}                    a list of rows is wanted
+srt.py      --data {broken.json}                    broken.json cannot be read
+srt.py      --data {object.json}                    a list of objects is wanted
 srt.py      --range 5                               A:B is wanted
 srt.py      --range 9:5                             is empty
 srt.py      --range 100:                            is empty
@@ -455,7 +455,6 @@ srt.py      --max_problems 0                        not at least 1
 srt.py      --num_responses 0                       not at least 1
 srt.py      --num_revisions -1                      not at least 0
 srt.py      --target -5                             not at least 0
-srt.py      --target 49                             at most 48
 srt.py      --max_tokens 0                          not at least 1
 srt.py      --max_tokens 1025                       takes 1024 tokens
 srt.py      --max_tokens many                       invalid int value
@@ -470,7 +469,7 @@ srt.py      --judge_seconds 0                       above 0
 srt.py      --batch_size 3                          unrecognized arguments
 srt.py      --out {good.jsonl}                      good.jsonl
 srt.py      --out {good.jsonl}/deeper               good.jsonl
-sft.py      --model {missing}                       no config.json
+sft.py      --model {missing}                       cannot be used
 sft.py      --model {broken_weights}                header
 sft.py      --data {missing.jsonl}                  missing.jsonl is not there
 sft.py      --data {nothing.jsonl}                  no rows for stage 1
@@ -493,8 +492,8 @@ sft.py      --save_every 0                          not at least 1
 sft.py      --micro_tokens 0                        not at least 1
 sft.py      --phrases polite                        invalid choice
 sft.py      --out {good.jsonl}                      good.jsonl
-distill.py  --model {missing}                       no config.json
-distill.py  --teacher {missing}                     no config.json
+distill.py  --model {missing}                       cannot be used
+distill.py  --teacher {missing}                     cannot be used
 distill.py  --teacher {other_words}                 one vocabulary
 distill.py  --data {missing.jsonl}                  missing.jsonl is not there
 distill.py  --val {nothing.jsonl}                   nothing.jsonl
@@ -511,8 +510,8 @@ distill.py  --sync_every -1                         not at least 0
 distill.py  --max_sync_gap 0                        above 0
 distill.py  --engine vllm                           vLLM is not installed
 distill.py  --steps                                 expected one argument
-kl.py       --student {missing}                     no config.json
-kl.py       --teacher {empty}                       no config.json
+kl.py       --student {missing}                     cannot be used
+kl.py       --teacher {empty}                       cannot be used
 kl.py       --teacher {other_words}                 one vocabulary
 kl.py       --teacher {no_weights}                  no_weights
 kl.py       --responses {nothing.jsonl}             holds no responses
@@ -527,7 +526,7 @@ verify.py   --data {twice.jsonl}                    ids must differ
 verify.py   --range 9:5                             is empty
 verify.py   --responses {missing.jsonl}             missing.jsonl is not there
 verify.py   --responses {not_json.jsonl}            not_json.jsonl
-verify.py   --mode poem                             poem.py is not there
+verify.py   --mode poem                             poem.py cannot be used
 """
 
 
