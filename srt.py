@@ -19,6 +19,7 @@ response is on disk once it is judged, so the same command goes on after a kill;
 """
 import argparse
 import asyncio
+import gc
 import glob
 import importlib.util
 import json
@@ -250,6 +251,7 @@ def request_seed(*parts):
 
 def close(judge, sampler):
     """Ends a script's workers, its engine and its process group, which vLLM may have taken down already."""
+    gc.unfreeze()  # vLLM and distill.py freeze; at the end triton's bindings would report it as leaked
     dist.barrier()
     judge.close()
     sampler.close()
