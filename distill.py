@@ -162,6 +162,17 @@ def keep_best(out, best, step, accuracy, save, keep=3):
     return ranked
 
 
+def last_best(out, progress):
+    """progress["best"], with the validation after a finished run's last step, which its state has not."""
+    path = os.path.join(out, "summary.json")
+    if os.path.exists(path):
+        with open(path) as f:
+            summary = json.load(f)
+        if summary["step"] == progress["step"]:
+            return summary["best"]
+    return progress["best"]
+
+
 def step_problems(step, batch, total, seed):
     """Numbers of the problems of a step: epochs of fresh permutations, one after another."""
     @functools.cache
@@ -265,7 +276,7 @@ def parse_args():
     add("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
     add("--out", required=True, help="folder: final/, best/, state/, metrics.jsonl")
     add("--teacher", help="default: --model")
-    add("--mode", default="math", help=verify.MODE_HELP)
+    add("--mode", type=verify.mode_flag, default="math", help=verify.MODE_HELP)
     add("--range", dest="range_", metavar="A:B", help="rows of the data; others than those of srt.py")
     # optimisation
     add("--steps", type=natural, default=400)
@@ -337,7 +348,9 @@ def main():
              f"{args.model} has {student.config.vocab_size}: the KL needs one vocabulary")
     optimizer = sft.make_optimizer(student, args.weight_decay, betas=(0.9, 0.999))
     tensors = lambda: sft.training_state(student, optimizer, teacher if moving else None)
-    progress = sft.load_state(args.out, tensors) or {"step": 0, "best": [], "history": [], "worse": None}
+    progress = {"step": 0, "best": [], "history": [], "worse": None}
+    progress |= sft.load_state(args.out, tensors) or {}
+    progress["best"] = last_best(args.out, progress)
     if progress["step"] > args.steps:
         fail(f"--steps {args.steps}: the run in {args.out} has made {progress['step']}; give at least as "
              "many, or --fresh")
@@ -410,15 +423,17 @@ def main():
                  "are stale, or its numerics differ")
         progress["step"] = step + 1
         progress["history"].append([row["reward"], row["truncated"], row["entropy"]])
-        stop = warn(progress, args)
-        stop |= saver.after_step(step + 1, tensors, progress, last=stop or step + 1 == args.steps)
+        last = step + 1 == args.steps
+        stop = warn(progress, args) and not last
+        stop |= saver.after_step(step + 1, tensors, progress, last=stop or last)
         if step == first:  # what torch.compile made stays: vLLM collects garbage and need not look there
             gc.collect()
             gc.freeze()
 
     saver.wait()
     if stop:
-        verify.say(f"ended after {progress['step']} of {args.steps} steps")
+        why = f": {progress['worse']}; it goes on without --stop_when_worse" if progress["worse"] else ""
+        verify.say(f"ended after {progress['step']} of {args.steps} steps{why}")
     else:
         sampler.load(sft.full_tensors(student, args.dtype))
         accuracy = check(args.steps) if args.val else {}

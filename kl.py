@@ -272,12 +272,13 @@ def main():
         after = [score(y, x, verify.teacher_reads(tokenizer, problem, x, y, told, phrases))
                  for told in (False, True)]
         told, contrast = after[correct], after[False].teacher_logp - after[True].teacher_logp
-        measured["right" if correct else "wrong"].append({
+        found = measured["right" if correct else "wrong"]
+        found.append({
             "kl": told.kl.mean(), "logp_student": told.logp.mean(), "logp_teacher": told.teacher_logp.mean(),
             "copied": (told.teacher_logp > COPIED).float().mean(), "contrast": contrast.mean(),
             "abs_contrast": contrast.abs().mean(), "kl_by_bucket": torch.tensor(buckets(told.kl.cpu())),
             "contrast_by_bucket": torch.tensor(buckets(contrast.abs().cpu()))})
-        if len(cells) < 20:
+        if len(found) <= 10:
             difference = told.logp - told.teacher_logp
             cells.append(heat_row(tokenizer, row, y, difference.tolist(), told.kl.tolist()))
 

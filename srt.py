@@ -19,6 +19,7 @@ response is on disk once it is judged, so the same command goes on after a kill;
 """
 import argparse
 import asyncio
+import contextlib
 import gc
 import glob
 import importlib.util
@@ -259,10 +260,11 @@ def close(judge, sampler):
         dist.destroy_process_group()
 
 
-def serve(coroutines, waiting, stopped, sampler, **how):
+def serve(coroutines, waiting, judging, stopped, sampler, **how):
     """
     Runs coroutines until all have ended or stopped() is true. What they ask for they put into `waiting`, as
-    Requests whose keys are futures of Samples. Returns how many tokens were sampled; raises what they raise.
+    Requests whose keys are futures of Samples, and the futures of verdicts into `judging`; these are awaited
+    before it stops. Returns how many tokens were sampled; raises what they raise.
     """
     tokens = 0
     with asyncio.Runner() as runner:
@@ -280,9 +282,14 @@ def serve(coroutines, waiting, stopped, sampler, **how):
                 tokens += len(sample.ids)
                 if everything.done() or stopped():
                     break  # what is half-sampled is asked for again, with the same seeds
-            runner.run(asyncio.sleep(0.05))  # verdicts are still to come
-        if everything.done():
-            everything.result()  # raises what broke one
+            if judging:
+                runner.run(asyncio.wait(judging, return_when=asyncio.FIRST_COMPLETED))
+        runner.run(asyncio.sleep(0))
+        while judging and not everything.done():  # what is sampled is judged and written
+            runner.run(asyncio.wait(judging))
+        everything.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            runner.run(asyncio.wait_for(everything, None))  # raises what broke one
     return tokens
 
 
@@ -304,6 +311,8 @@ def read_rows(out):
     for path in glob.glob("responses*.jsonl", root_dir=out):
         path = os.path.join(out, path)
         for line, row in verify.read_jsonl(path, torn_ok=True):
+            if "kind" not in row:
+                fail(f"{path}:{line}: written by an earlier version; give another --out, or --fresh")
             verify.need(row, path, line, kind=str, id=str, sample=int)
             rows[row_key(row)] = row
     return rows
@@ -403,7 +412,7 @@ def parse_args():
     add("--model", required=True, help="Hugging Face folder or hub name")
     add("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
     add("--out", required=True, help="folder for responses, d_revision, summary.json")
-    add("--mode", default="math", help=verify.MODE_HELP)
+    add("--mode", type=verify.mode_flag, default="math", help=verify.MODE_HELP)
     add("--range", dest="range_", metavar="A:B", help="rows of the data, others in a phase")
     add("--max_problems", type=natural, help="at most so many problems")
     add("--eval", action="store_true", help="keep nothing: measure only")
@@ -458,7 +467,7 @@ def main():
     done = read_rows(args.out)  # what an earlier run of the same command has finished
     file = open(os.path.join(args.out, f"responses.rank{ranks.rank}.jsonl"), "a")
     bar = tqdm(total=len(problems), desc="problems", disable=ranks.rank != 0)
-    waiting = deque()  # requests that the sampler has not taken yet
+    waiting, judging = deque(), set()  # requests that the sampler has not taken yet; verdicts to come
     stopped = lambda: ranks.store.add("stop", len(caught)) > 0  # as soon as any rank has had a signal
 
     async def work():
@@ -497,7 +506,10 @@ def main():
         waiting.append(Request(sampled, ids, seed))
         sample = await sampled
         row[y] = tokenizer.decode(sample.ids, skip_special_tokens=True)
-        verdict = await asyncio.wrap_future(judge.submit(problem, row[y]))
+        judged = asyncio.wrap_future(judge.submit(problem, row[y]))
+        judging.add(judged)
+        judged.add_done_callback(judging.discard)
+        verdict = await judged
         row |= {f"{y}_correct": verdict.correct, f"{y}_verdict": verdict.reason,
                 f"{y}_tokens": sample.ids, TRUNCATED[y]: sample.truncated}
         if y == "y_init":
@@ -508,7 +520,7 @@ def main():
 
     caught, started = verify.catch_signals(), time.time()
     workers = [work() for _ in range(min(sampler.max_seqs, math.ceil(len(problems) / ranks.world)))]
-    tokens = serve(workers, waiting, stopped, sampler, max_tokens=args.max_tokens,
+    tokens = serve(workers, waiting, judging, stopped, sampler, max_tokens=args.max_tokens,
                    temperature=args.temperature, top_p=args.top_p, logprobs=False)
     seconds = time.time() - started
     bar.close()

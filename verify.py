@@ -426,6 +426,11 @@ UNSAFE = ("MODEL-WRITTEN PROGRAMS RUN WITH ALL YOUR RIGHTS: THEY CAN READ, CHANG
           "USE YOUR NETWORK")
 
 
+def mode_flag(text):
+    """The argparse type of --mode: a path is made whole, for rows that carry it are read elsewhere too."""
+    return os.path.abspath(text) if text.endswith(".py") else text
+
+
 @functools.cache
 def load_verifier(mode):
     """The module of a --mode: 'math', 'code', or a path that ends in .py. Ends the program if it is none."""
@@ -462,19 +467,23 @@ def worker(mode, memory):
     requests, replies, null = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1):  # what a verifier, or a program that it starts, reads and prints
         os.dup2(null, descriptor)
-    verifier = load_verifier(mode)
+    verifier, me = load_verifier(mode), os.getpid()
     print("ready", file=replies, flush=True)
     for line in requests:
         seconds, function, arguments = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # ends the process, should the parent be gone
         try:
             value = getattr(verifier, function)(*arguments)
-            if not (isinstance(value, str) if function == "judge" else len(value) == 2):
-                raise TypeError(f"`{function}` returned {value!r}")
+            if os.getpid() != me:
+                os._exit(1)  # a fork that `judge` has left behind
+            is_pair = isinstance(value, (tuple, list)) and len(value) == 2
+            if not (isinstance(value, str) if function == "judge" else is_pair):
+                wanted = "a word" if function == "judge" else "(gold, None) or (None, why)"
+                raise TypeError(f"`{function}` returned {value!r}, {wanted} is wanted")
             reply = json.dumps({"value": value})
         except MemoryError:  # ends the process
             raise
-        except Exception:
+        except (Exception, SystemExit):
             reply = json.dumps({"crash": traceback.format_exc(limit=-3)[-3000:].strip()})
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(reply, file=replies, flush=True)
@@ -504,7 +513,7 @@ class Judge(contextlib.AbstractContextManager):
         workers = workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.mode, self.verifier, self.memory = mode, load_verifier(mode), memory
         self.limits = {"seconds": limit, "memory": 1.0, "sandbox": sandbox}
-        self.shown = set()  # the functions of which a crash has been shown
+        self.shown = set()  # of which function a traceback, or an end without one, has been shown
         started = [self.start() for _ in range(workers)]  # all at once: their imports take a second
         self.idle = deque(map(self.ready, started))
         self.pool = ThreadPoolExecutor(workers)  # each of its threads takes a worker that is idle
@@ -546,11 +555,12 @@ class Judge(contextlib.AbstractContextManager):
         reply = json.loads(line or "{}")
         if "value" in reply:
             return reply["value"], None
-        if reply and function not in self.shown:
-            self.shown.add(function)
+        if line is not None and (function, bool(reply)) not in self.shown:
+            self.shown.add((function, bool(reply)))
             effect = {"gold": "drops the row", "judge": "counts as wrong"}[function]
-            print(f"--mode {self.mode}: `{function}` crashed, which {effect}; the first time:\n"
-                  f"{reply['crash']}", file=sys.stderr, flush=True)
+            how = reply.get("crash", "its process ended without a word: out of memory?")
+            print(f"--mode {self.mode}: `{function}` crashed, which {effect}; the first time:\n{how}",
+                  file=sys.stderr, flush=True)
         return None, "timeout" if line is None else "crash"
 
     def read(self, process, seconds):
@@ -566,7 +576,7 @@ class Judge(contextlib.AbstractContextManager):
         return (None, f"gold: {failed}") if failed else value
 
     def verdict(self, problem, response):
-        seconds = self.verifier.longest(problem.answer, self.limits)
+        seconds = float(self.verifier.longest(problem.answer, self.limits))
         reason, failed = self.ask("judge", [problem.answer, response, self.limits], seconds)
         return Verdict(reason == "right", failed or reason)
 
@@ -595,7 +605,7 @@ def main():
     add("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
     add("--responses", help="responses.jsonl of srt.py: judge it again, print what changed")
     add("--range", dest="range_", metavar="A:B", help="rows of the data")
-    add("--mode", default="math", help=MODE_HELP)
+    add("--mode", type=mode_flag, default="math", help=MODE_HELP)
     add("--judge_seconds", type=positive, default=5.0, help="of a verdict; for code, a test")
     add("--unsafe_no_sandbox", action="store_true", help=UNSAFE)
     args = parser.parse_args()

@@ -134,6 +134,30 @@ def test_a_finished_run_goes_on_with_more_steps(qwen, tmp_path):
     assert [r["loss"] for r in read(tmp_path / "one/metrics.jsonl")] == [r["loss"] for r in read(tmp_path / "two/metrics.jsonl")]
 
 
+def test_the_last_validation_is_kept_by_a_run_that_goes_on(qwen, tmp_path):
+    """2 steps and then a third: all three validations are of weights before which no better were seen, so all stay."""
+    data = write_problems(tmp_path / "data.jsonl", 6)
+    start = lambda *more: run("distill.py", "--model", qwen, "--data", data, "--val", data, "--val_range", "0:2", "--out", tmp_path / "out",
+                              "--batch", 4, "--max_tokens", 4, "--engine", "hf", "--val_every", 4, "--val_samples", 1, *more)
+    start("--steps", 2)
+    start("--steps", 3)
+    assert sorted(path.name for path in (tmp_path / "out/best").iterdir()) == ["step-000000", "step-000002", "step-000003"]
+    assert [step for _, step in json.load(open(tmp_path / "out/summary.json"))["best"]] == [0, 2, 3]
+
+
+def test_a_state_of_an_earlier_version(qwen, tmp_path):
+    """Its progress has no history; the run goes on."""
+    data = write_problems(tmp_path / "data.jsonl", 6)
+    start = lambda *more: run("distill.py", "--model", qwen, "--data", data, "--out", tmp_path / "out", "--batch", 4, "--max_tokens", 4,
+                              "--engine", "hf", *more).stdout
+    start("--steps", 1)
+    for name in ("final/model.safetensors", "summary.json"):
+        (tmp_path / "out" / name).unlink()
+    progress, = (tmp_path / "out/state").glob("*/progress.json")
+    progress.write_text(json.dumps({"step": 1, "best": []}))
+    assert "from step 1" in start("--steps", 2)
+
+
 def test_a_step_without_rows_makes_no_update(qwen, tmp_path):
     """No prompt leaves room for two copies of y: such steps are counted, and the weights stay."""
     data = write_problems(tmp_path / "data.jsonl", 6)

@@ -354,6 +354,8 @@ def test_kl_says_whether_the_phrase_is_heard(guesser, tmp_path):
     assert s["wrong"]["contrast"] < -0.3 and s["right"]["contrast"] > 0.1 and s["wrong"]["abs_contrast"] > 0.3
     assert s["wrong"]["contrast_by_bucket"][0] > 0.15  # one token of five or so
     assert 0 < s["wrong"]["copied"] < 1  # the frame around the number is certain either way
+    page = (tmp_path / "heatmap.html").read_text()
+    assert page.count("· right ·") == 2 and page.count("· wrong ·") == 4
 
 
 def test_judging_again(collected, problems_file, tmp_path):

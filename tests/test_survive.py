@@ -97,6 +97,7 @@ def test_a_signal_keeps_what_is_judged(inputs, whole, tmp_path):
     os.kill(run.pids[1], signal.SIGTERM)
     assert run.wait(60), Path(f"{log}.err").read_text()
     assert "stopped by a signal" in log.read_text() and not (out / "responses.jsonl").exists()
+    assert "Traceback" not in Path(f"{log}.err").read_text()
     before = {line for path in out.glob("responses.rank*.jsonl") for line in open(path)}
     assert 4 <= len(before) < 72
     go("srt.py", args, tmp_path)

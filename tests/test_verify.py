@@ -158,7 +158,34 @@ def test_an_own_verifier(own, tmp_path, capfd):
         assert [v.reason for v in verdicts] == list(want.values())
         assert [v.correct for v in verdicts] == [reason == "right" for reason in want.values()]
     said = capfd.readouterr().err
-    assert said.count("`judge` crashed") == said.count("Traceback") == 1
+    assert said.count("`judge` crashed") == 2 and said.count("Traceback") == 1 and said.count("ended without a word") == 1
+
+
+CARELESS = """
+import os, sys
+INSTRUCTION = ""
+def gold(row):
+    return {"pair": ("5", None), "dict": {"answer": 5, "more": 1}, "two": "60"}[row["answer"]]
+def judge(gold, response, limits):
+    if response == "fork" and os.fork() == 0:
+        return "wrong"
+    if response == "exit":
+        sys.exit("no key given")
+    return "right"
+"""
+
+
+def test_a_careless_verifier(tmp_path, capfd):
+    """A gold that is no pair is dropped and said; an exit is a crash that is shown; a fork left behind gives no verdict."""
+    (tmp_path / "careless.py").write_text(CARELESS)
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"problem": a, "answer": a}) + "\n" for a in ("pair", "dict", "two")))
+    with verify.Judge(str(tmp_path / "careless.py"), workers=1) as judge:
+        (problem,), dropped = verify.load_problems(str(tmp_path / "d.jsonl"), judge)
+        assert problem.answer == "5" and dropped == {"gold: crash": 2}
+        assert "(gold, None) or (None, why) is wanted" in capfd.readouterr().err
+        verdicts = judge([problem] * 6, ["fork", "exit", "fork", "y", "exit", "y"])
+        assert [v.reason for v in verdicts] == ["right", "crash", "right", "right", "crash", "right"]
+    assert "no key given" in capfd.readouterr().err
 
 
 def test_what_a_verifier_raises_is_shown(tmp_path, capfd):
