@@ -162,17 +162,6 @@ def keep_best(out, best, step, accuracy, save, keep=3):
     return ranked
 
 
-def last_best(out, progress):
-    """progress["best"], with the validation after a finished run's last step, which its state has not."""
-    path = os.path.join(out, "summary.json")
-    if os.path.exists(path):
-        with open(path) as f:
-            summary = json.load(f)
-        if summary["step"] == progress["step"]:
-            return summary["best"]
-    return progress["best"]
-
-
 def step_problems(step, batch, total, seed):
     """Numbers of the problems of a step: epochs of fresh permutations, one after another."""
     @functools.cache
@@ -350,7 +339,6 @@ def main():
     tensors = lambda: sft.training_state(student, optimizer, teacher if moving else None)
     progress = {"step": 0, "best": [], "history": [], "worse": None}
     progress |= sft.load_state(args.out, tensors) or {}
-    progress["best"] = last_best(args.out, progress)
     if progress["step"] > args.steps:
         fail(f"--steps {args.steps}: the run in {args.out} has made {progress['step']}; give at least as "
              "many, or --fresh")
@@ -423,20 +411,22 @@ def main():
                  "are stale, or its numerics differ")
         progress["step"] = step + 1
         progress["history"].append([row["reward"], row["truncated"], row["entropy"]])
-        last = step + 1 == args.steps
-        stop = warn(progress, args) and not last
-        stop |= saver.after_step(step + 1, tensors, progress, last=stop or last)
+        stop = warn(progress, args) and step + 1 < args.steps
+        stop |= saver.after_step(step + 1, tensors, progress, last=stop)
         if step == first:  # what torch.compile made stays: vLLM collects garbage and need not look there
             gc.collect()
             gc.freeze()
 
     saver.wait()
     if stop:
-        why = f": {progress['worse']}; it goes on without --stop_when_worse" if progress["worse"] else ""
+        goes_on = f": {progress['worse']}; it goes on without --stop_when_worse"
+        why = goes_on if progress["worse"] and args.stop_when_worse else ""
         verify.say(f"ended after {progress['step']} of {args.steps} steps{why}")
     else:
         sampler.load(sft.full_tensors(student, args.dtype))
         accuracy = check(args.steps) if args.val else {}
+        saver.save(args.steps, tensors(), progress)  # with this validation: a larger --steps goes on from it
+        saver.wait()
         save(os.path.join(args.out, "final"))
         summary = {**vars(args), "dtype": str(args.dtype), "phrases": phrases, **progress, **accuracy}
         if ranks.rank == 0:
