@@ -221,7 +221,7 @@ def flops_of(student, teacher, rows):
     """Floating-point operations of a step. The KL takes four products with a head for each token."""
     return (sft.forward_flops(teacher.config, [len(r.seen) + len(r.y) for r in rows], 0)
             + 3 * sft.forward_flops(student.config, [len(r.x) + len(r.y) for r in rows], 0)
-            + 8 * sum(len(r.y) for r in rows) * teacher.config.vocab_size * teacher.config.hidden_size)
+            + 4 * sft.forward_flops(teacher.config, [], sum(len(r.y) for r in rows)))
 
 
 def log(metrics, args, ranks, step, sums, clock, **others):
@@ -425,8 +425,9 @@ def main():
     else:
         sampler.load(sft.full_tensors(student, args.dtype))
         accuracy = check(args.steps) if args.val else {}
-        saver.save(args.steps, tensors(), progress)  # with this validation: a larger --steps goes on from it
-        saver.wait()
+        if args.val or args.steps % args.save_every:  # else this very state is there already
+            saver.save(args.steps, tensors(), progress)  # a larger --steps goes on from here
+            saver.wait()
         save(os.path.join(args.out, "final"))
         summary = {**vars(args), "dtype": str(args.dtype), "phrases": phrases, **progress, **accuracy}
         if ranks.rank == 0:

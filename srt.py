@@ -488,8 +488,8 @@ def main():
         r = init["y_init_correct"]
         if init["no_room"] or (r and not args.revise_correct):
             return
-        told = {"kind": "revision", "id": problem.id, "sample": k, "p_r": phrases[r]}
-        revised = await asyncio.gather(*(respond("y_revised", problem, seen(x, init), {**told, "revision": n})
+        ids, told = seen(x, init), {"kind": "revision", "id": problem.id, "sample": k, "p_r": phrases[r]}
+        revised = await asyncio.gather(*(respond("y_revised", problem, ids, {**told, "revision": n})
                                          for n in range(args.num_revisions)))
         ranks.store.add("kept", sum(row["y_revised_correct"] for row in revised))
 

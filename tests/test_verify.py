@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_math import HARD
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -32,17 +33,6 @@ def boxed(answer):
 
 
 # ------------------------------------------------------------------------------------------------------------ hard inputs
-
-HARD = {
-    "tower": "9^{9^{9^{9}}}", "million digits": "10^{1000000}", "a million digits and one": "10^{1000000}+1",
-    "exponent of many digits": "7^{" + "9" * 900 + "}", "nested fractions": "\\frac{1}{1+" * 1000 + "1" + "}" * 1000,
-    "plain nested fractions": "\\frac{1}{" * 1000 + "2" + "}" * 1000, "100 kB": "9" * 100_000, "nan": "nan", "inf": "inf",
-    "infinity minus infinity": "\\infty - \\infty", "parentheses": "(" * 3000 + ")" * 3000, "commas": "1," * 4000 + "1",
-    "factorial": "100000000!", "power of a sum": "(x+1)^{1000000}", "binomial": "\\binom{1000000}{500000}",
-    "sum": "\\sum_{n=1}^{10^{9}} \\frac{1}{n}", "roots": "\\sqrt{" * 300 + "2" + "}" * 300, "open": "\\boxed{" * 3000,
-    "exponentials": "e^{e^{e^{e^{5}}}}", "factorials": "5" + "!" * 9, "text in text": "\\text{" * 800 + "a" + "}" * 800,
-    "zero divided": "\\frac{0}{0}", "null byte": "5\0", "surrogate": "5\ud800",
-}
 
 
 @pytest.mark.parametrize("gold", ["5", "\\frac{x+1}{2}"])
