@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import verify
 
 DIFFS = {path.stem: path for path in sorted((REPO / "docs/forks").glob("*.diff"))}
-NAMES = ["capped-kl", "ema-teacher", "gold-teacher", "neutral-phrase", "no-r1-branch", "per-response-mean",
-         "sampled-token", "swapped-reward"]
+NAMES = ["capped-kl", "contrast", "ema-teacher", "gold-teacher", "neutral-phrase", "no-r1-branch",
+         "per-response-mean", "sampled-token", "swapped-reward"]
 FLAGS = {"ema-teacher": ["--ema", 0.75], "sampled-token": ["--kl", "sampled"],
          "neutral-phrase": ["--phrases", "neutral"]}
 TRAIN = ["--steps", 2, "--batch", 12, "--lr", "1e-3", "--warmup", 0, "--temperature", 1.6, "--max_tokens", 10,
@@ -186,6 +186,12 @@ def test_neutral_phrase(fork, guesser):
     assert config["sdzero_phrases"] == ["Here is the response once more."] * 2
 
 
+def test_contrast_row(fork, guesser):
+    """What the teacher reads after the one phrase and after the other."""
+    wrong, right = rows_of(fork("contrast"), guesser)
+    assert wrong.seen == right.other != right.seen == wrong.other
+
+
 # ---------------------------------------------------------------------------------- losses against autograd
 
 
@@ -214,6 +220,20 @@ def test_capped_kl_against_autograd(fork):
     value, grad = kl.divergence(log_p.detach(), log_p.detach() + 1e-4, "reverse")  # nothing to cap
     assert grad.abs().max() < 1e-12
     assert fork("capped-kl").alone[0]["loss"] < fork("plain").alone[0]["loss"]
+
+
+def test_contrast_against_autograd(fork):
+    """A policy gradient whose advantage is the contrast c, for each entry: -p (c - mean of c under p)."""
+    kl, (s, told, y) = fork("contrast").kl, logits()
+    other, eye, ones = told.flip(0), torch.eye(57), torch.ones(23)
+    log_p, c = s.log_softmax(-1), told - other
+    target = (log_p.detach() + c).log_softmax(-1)
+    found = kl.chunked_kl(s.float(), eye, (told - other).float(), eye, ones, targets=y)
+    assert torch.allclose(found.loss.double(), (log_p.exp() * (log_p - target)).sum(), rtol=1e-5)
+    p = log_p.detach().exp()
+    assert torch.allclose(gradient(found.loss, s), -p * (c - (p * c).sum(-1, keepdim=True)), atol=1e-5)
+    same = kl.chunked_kl(s.float(), eye, torch.zeros(23, 57), eye, ones, targets=y)  # whatever it copies
+    assert same.loss.item() == 0 and not gradient(same.loss, s).any()
 
 
 def test_sampled_token_against_autograd(fork):
