@@ -183,16 +183,16 @@ margin:.8rem -1rem;padding:.4rem 1rem;background:var(--back);border-bottom:1px s
 #top a{text-decoration:none}#top a:hover .words{text-decoration:underline}
 .words,.text,#tip td:nth-child(2n+1),#tip th{
 font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace}
-.words mark{color:inherit;background:rgb(var(--kl)/.45)}
+.words mark{color:inherit;background-color:rgb(var(--kl)/.45)}
 #sides{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:1.5rem}
 @media(max-width:800px){#sides{grid-template-columns:minmax(0,1fr)}#key b{width:5rem}}
 article{border:1px solid var(--line);border-radius:6px;margin-bottom:1rem}
 header{background:var(--card);padding:.5rem .7rem;border-radius:6px 6px 0 0}
 .problem{white-space:pre-wrap;overflow-wrap:anywhere;max-height:11rem;overflow:auto;margin:.3rem 0;
-unicode-bidi:plaintext}
+unicode-bidi:plaintext}.problem .n,.problem .t{display:none}
 .text{font-size:13.5px;line-height:1.75;padding:.5rem .7rem;outline-offset:-2px;tab-size:4}
 .block{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:plaintext;content-visibility:auto}
-.block span{padding:.1em 0;cursor:default}
+.block span{padding:.1em 0;cursor:default}.block span:hover{outline:1px solid var(--ink)}
 .s{background-image:radial-gradient(circle at .5ch 56%,var(--dot) 1px,transparent 1.4px)}
 .w{background-image:radial-gradient(circle at .5ch 56%,var(--dot) 1px,transparent 1.4px);
 background-size:1ch 100%}
@@ -207,7 +207,7 @@ background:var(--card);font-size:.85rem;
 border:1px solid var(--soft);border-radius:6px;pointer-events:none;box-shadow:0 2px 10px rgb(0 0 0/.25)}
 #tip table{width:100%;table-layout:fixed}#tip td{overflow:hidden;text-overflow:ellipsis;padding-right:.4rem}
 #tip th,#tip td:nth-child(2n+1){text-align:left;white-space:pre}#tip .own{font-weight:700}
-#tip td:nth-child(2n){width:5rem}#tip b{overflow-wrap:anywhere}
+#tip td:nth-child(2n){width:5rem}#tip b{overflow-wrap:anywhere;white-space:pre-wrap}
 @media(max-width:800px){#tip{left:0!important;right:0;top:auto!important;bottom:0;width:auto;border-radius:0}}
 [hidden]{display:none!important}
 </style></head><body>
@@ -294,7 +294,7 @@ function blocksOf(R, r) {
     const word = shown(R, t), n = t + 1 - from;
     text += word;
     if (!(n >= 150 && word.endsWith("\n")) && n < 1000 && t + 1 < R.tokens.length) continue;
-    const block = make("div", "block", text);
+    const block = make("div", "block", text.replace(/[\udc80-\udcff]/gu, "\ufffd"));
     Object.assign(block, {r, from, to: t + 1});
     const lines = Math.ceil(text.length / 60 + text.split("\n").length / 2);
     block.style.containIntrinsicSize = `auto ${24 * lines}px`;
@@ -350,8 +350,9 @@ function choose(r, t, where) {
 function jump() {
   const [, r, t] = /^#r(\d+)t(\d+)$/.exec(location.hash) ?? [];
   if (data.responses[r]?.tokens[t] === undefined) return;
-  choose(+r, +t, "center");
-  requestAnimationFrame(() => choose(+r, +t, "center"));  // blocks above have got their true heights
+  let frames = 20;  // the blocks around get their true heights as they come near
+  const settle = () => { choose(+r, +t, "center"); if (--frames) requestAnimationFrame(settle); };
+  settle();
 }
 const token = e => e.target.closest?.(".block span");
 document.addEventListener("pointerover", e => {
@@ -418,10 +419,10 @@ for (const right of [true, false]) {
   data.responses.forEach((R, r) => {
     if (R.right !== right) return;
     const mean = nats(R.kl.reduce((a, b) => a + b, 0) / R.kl.length);
-    const header = make("header", "", make("h3", "", R.id),
+    const header = make("header", "", draw(make("h3"), R.id),
       make("div", "soft", `sample ${R.sample}, ${R.tokens.length} tokens, mean KL ${mean}`),
-      make("div", "problem", R.problem));
-    if (R.answer !== null) header.append(make("div", "", "gold answer: ", make("b", "", R.answer)));
+      draw(make("div", "problem"), R.problem));
+    if (R.answer !== null) header.append(make("div", "", "gold answer: ", draw(make("b"), R.answer)));
     R.blocks = blocksOf(R, r);
     const text = make("div", "text", ...R.blocks);
     Object.assign(text, {tabIndex: 0, role: "group", ariaLabel: `${side} response to ${R.id}`});
