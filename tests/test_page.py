@@ -52,7 +52,8 @@ def embedded(path):
 
 def after_load(path, hash=""):
     """The page's DOM after its script has run, as chromium has it."""
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom"]
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom",
+             "--window-size=1400,1400"]
     command = [CHROMIUM, *flags, f"file://{path}{hash}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return done.stdout
