@@ -355,35 +355,6 @@ def test_olmo_goes_through_all_phases(olmo, problems_file, tmp_path):
     assert verify.PHRASES["olmo"][0] in done.stdout and os.path.exists(tmp_path / "sdzero/final/model.safetensors")
 
 
-def test_kl_draws(qwen, collected, tmp_path):
-    run("kl.py", "--student", qwen, "--teacher", qwen, "--responses", f"{collected}/responses.jsonl", "--out", tmp_path,
-        "--max_responses", 6)
-    s = json.load(open(tmp_path / "summary.json"))
-    assert s["right"]["responses"] + s["wrong"]["responses"] == 6
-    assert sum(s["wrong"]["kl_by_bucket"]) == pytest.approx(1.0, abs=1e-4)
-    assert (tmp_path / "heatmap.html").read_text().count("<span") > 20 and os.path.getsize(tmp_path / "buckets.png") > 5000
-
-
-def test_kl_says_whether_the_phrase_is_heard(guesser, tmp_path):
-    """The guesser answers 3, 4 or 5; told that it was wrong, 3: the contrast between the phrases sits on the number."""
-    tokenizer = verify.load_tokenizer(guesser)
-    rows = []
-    for i in range(6):
-        text = f" \\boxed{{{3 + i % 3}}}"
-        ids = tokenizer.encode(text, add_special_tokens=False) + tokenizer.end_ids[:1]
-        rows.append({"kind": "init", "id": f"p{i}", "sample": 0, "problem": f"{i}+1=?", "answer": "3", "mode": "math", "y_init": text,
-                     "y_init_tokens": ids, "y_init_correct": i % 3 == 0})
-    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = run("kl.py", "--student", guesser, "--teacher", guesser, "--responses", tmp_path / "responses.jsonl", "--out", tmp_path)
-    s = json.load(open(tmp_path / "summary.json"))
-    assert (s["right"]["responses"], s["wrong"]["responses"]) == (2, 4) and "contrast" in said.stdout
-    assert s["wrong"]["contrast"] < -0.3 and s["right"]["contrast"] > 0.1 and s["wrong"]["abs_contrast"] > 0.3
-    assert s["wrong"]["contrast_by_bucket"][0] > 0.15  # one token of five or so
-    assert 0 < s["wrong"]["copied"] < 1  # the frame around the number is certain either way
-    page = (tmp_path / "heatmap.html").read_text()
-    assert page.count("· right ·") == 2 and page.count("· wrong ·") == 4
-
-
 def test_judging_again(collected, problems_file, tmp_path):
     """verify.py --responses finds a verdict that was turned round, and only that."""
     rows = read(f"{collected}/responses.jsonl")
