@@ -52,7 +52,7 @@ from verify import fail, natural, positive, within
 # flags that a run that goes on may change: none of them moves a row to another step
 FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype checkpointing compile"
 FEW = 300  # wrong -> right tuples
-UNSAID = 0.3  # probability of P_r: .86 where SRT works (the demo), 1e-6 where it did not (docs/real.md)
+UNSAID = 0.3  # probability of P_r: .86 where SRT works (the demo), 1e-6 where not (docs/real.md)
 
 # ---- packed attention
 # fewer heads of k and v than of q: torch 2.11 takes them without the flag
