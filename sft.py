@@ -627,9 +627,9 @@ def main():
         metrics.report(f"stage {stage + 1} step {step + 1}/{steps[stage]}  loss {loss:.4f}{says}", row)
         last = number + 1 == len(plan)
         if last and p_r < UNSAID and args.objective not in ("rft", "revision"):
-            verify.say(f"warning: after y_init the model goes on with P_r with a probability of {p_r:.2g}: it "
-                       "will not revise by itself. Too much of stage 2 does that: lower --stage2_size, or "
-                       "give --objective sum (docs/real.md)")
+            verify.say(f"warning: after y_init the model goes on with P_r with a probability of {p_r:.2g}: "
+                       "it will not revise by itself. Too much of stage 2 does that: lower --stage2_size, "
+                       "or give --objective sum (docs/real.md)")
         if saver.after_step(number + 1, lambda: training_state(model, optimizer), {"step": number + 1}, last):
             return dist.destroy_process_group()
 
