@@ -23,7 +23,6 @@ As a script it says whether the teacher corrects or only copies, and draws where
 """
 import argparse
 import functools
-import html
 import json
 import math
 import os
@@ -216,22 +215,32 @@ def chunked_ce(hidden, weight, targets, token_weight, chunk=0, compile=None):
 
 # --------------------------------------------------------------------------------------------- as a script
 
-
 def buckets(values, n=20):
     """Shares of the total in n equal slices of the tokens, sorted from largest to smallest: a list of n."""
-    values = values.clamp(min=0).sort(descending=True).values.double()
-    cumulative = torch.cat([values.new_zeros(1), values.cumsum(0)]) / values.sum().clamp(min=1e-12)
-    edges = torch.linspace(0, len(values), n + 1, dtype=torch.double)
-    low = edges.floor().long().clamp(max=len(values) - 1)
-    at = cumulative[low] + (edges - low) * (cumulative[low + 1] - cumulative[low])
-    return at.diff().tolist()
+    parts = values.double().clamp(min=0).sort(descending=True).values.repeat_interleave(n)  # n of each token
+    return (parts.view(n, -1).sum(1) / parts.sum().clamp(min=1e-12)).tolist()
 
 
+def read_responses(path, most, vocabulary):
+    """The y_init rows of a responses.jsonl, at most `most`, half of them right where there are as many."""
+    from verify import fail, need, read_jsonl
+    kinds = {True: {}, False: {}}
+    for line, row in read_jsonl(path):
+        if row.get("kind", "init") == "init":
+            need(row, path, line, id=str, sample=int, problem=str, y_init_tokens=list, y_init_correct=bool)
+            if max(row["y_init_tokens"], default=0) >= vocabulary:
+                fail(f"{path}:{line}: a token id over the {vocabulary} of --teacher: another model's")
+            kinds[row["y_init_correct"]].setdefault((row["id"], row["sample"]), row)
+    right, wrong = ([row for row in kinds[ok].values() if row["y_init_tokens"]] for ok in (True, False))
+    rows = (right[:max(most - len(wrong), most // 2)] + wrong)[:most]
+    return rows or fail(f"--responses {path} holds no responses; srt.py writes such a file")
+
+
+@torch.no_grad()
 def main():
-    from transformers import AutoModelForCausalLM
-    from tqdm import tqdm
     import verify
-
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM
     parser = argparse.ArgumentParser(description="Does the teacher correct or copy? Where does it disagree?")
     add = parser.add_argument
     add("--student", required=True, help="folder of the model that generates")
@@ -241,131 +250,50 @@ def main():
     add("--kl", choices=KINDS, default="reverse")
     add("--max_responses", type=verify.natural, default=200, help="half of them right, if there are as many")
     add("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
-    args = parser.parse_args()
-
-    ranks = verify.launch()
+    args, ranks = parser.parse_args(), verify.launch()
     if ranks.rank:  # one is enough
         return torch.distributed.destroy_process_group()
-    device = ranks.device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = verify.load_tokenizer(args.teacher)
     verify.same_vocabulary(args.student, verify.load_tokenizer(args.student), args.teacher, tokenizer)
     phrases = verify.phrases_of(args.teacher, args.phrases)
     rows = read_responses(args.responses, args.max_responses, len(tokenizer))
-    student, teacher = (AutoModelForCausalLM.from_pretrained(m, dtype=dtype).to(device).eval()
-                        for m in (args.student, args.teacher))
-
-    @torch.no_grad()
-    def score(y, x, seen):
-        """The KL at each token of y of the student, who has read x, to the teacher, who has read `seen`."""
-        sides = []
-        for model, before in ((student, x), (teacher, seen)):
-            hidden = model.get_decoder()(torch.tensor([before + y], device=device)).last_hidden_state
-            sides += [hidden[0, len(before) - 1:-1], model.get_output_embeddings().weight]  # [T, H], [V, H]
-        ones = torch.ones(len(y), device=device)
-        return chunked_kl(*sides, ones, args.kl, targets=torch.tensor(y, device=device))
-
-    measured, cells = {"right": [], "wrong": []}, []
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    load = lambda model: AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(ranks.device).eval()
+    student, teacher = load(args.student), load(args.teacher)
+    def read(model, before, y):  # the hidden states [T, H] that predict y, and the head [V, H]
+        hidden = model.get_decoder()(torch.tensor([before + y], device=ranks.device)).last_hidden_state
+        return hidden[0, len(before) - 1:-1], model.get_output_embeddings().weight
+    def likely(hidden, head):  # at each row of hidden the five likeliest tokens: [[(id, probability)]]
+        top = [matmul_fp32(rows, head.T).softmax(-1).topk(5) for rows in hidden.split(256)]
+        return [list(zip(*row)) for p, ids in top for row in zip(ids.tolist(), p.tolist())]
+    columns = ("kl", "logp_student", "logp_teacher", "copied", "contrast", "abs_contrast")
+    summary, found, shown = {"kl": args.kl, "phrases": phrases}, {True: [], False: []}, []
     for row in tqdm(rows, desc="score", unit="response"):
         problem, y, correct = verify.Problem.of_row(row), row["y_init_tokens"], row["y_init_correct"]
-        x = verify.chat_ids(tokenizer, problem)
-        after = [score(y, x, verify.teacher_reads(tokenizer, problem, x, y, told, phrases))
-                 for told in (False, True)]
+        x, targets = verify.chat_ids(tokenizer, problem), torch.tensor(y, device=ranks.device)
+        seen = [verify.teacher_reads(tokenizer, problem, x, y, told, phrases) for told in (False, True)]
+        p, q = read(student, x, y), [read(teacher, before, y) for before in seen]
+        after = [chunked_kl(*p, *side, torch.ones_like(targets), args.kl, targets=targets) for side in q]
         told, contrast = after[correct], after[False].teacher_logp - after[True].teacher_logp
-        found = measured["right" if correct else "wrong"]
-        found.append({
-            "kl": told.kl.mean(), "logp_student": told.logp.mean(), "logp_teacher": told.teacher_logp.mean(),
-            "copied": (told.teacher_logp > COPIED).float().mean(), "contrast": contrast.mean(),
-            "abs_contrast": contrast.abs().mean(), "kl_by_bucket": torch.tensor(buckets(told.kl.cpu())),
-            "contrast_by_bucket": torch.tensor(buckets(contrast.abs().cpu()))})
-        if len(found) <= 10:
-            difference = told.logp - told.teacher_logp
-            cells.append(heat_row(tokenizer, row, y, difference.tolist(), told.kl.tolist()))
-
-    summary = {"kl": args.kl, "phrases": phrases}
-    for name, found in measured.items():
-        summary[name] = {"responses": len(found)}
-        for key in found[0] if found else ():  # a mean over responses, each the mean over its tokens
-            summary[name][key] = torch.stack([each[key].cpu() for each in found]).mean(0).tolist()
+        values = torch.stack([*told[1:4], (told.teacher_logp > COPIED).float(), contrast, contrast.abs()])
+        found[correct].append([*values.mean(1).tolist(), buckets(told.kl), buckets(contrast.abs())])
+        if len(found[correct]) <= 10:
+            shown.append((row, *values[:3].tolist(), likely(*p), likely(*q[correct])))
+    print("y_init  " + " ".join(f"{name:>13s}" for name in ("responses", *columns)))
+    for name, each in zip(("right", "wrong"), found.values()):  # means over responses of means over tokens
+        means = [len(each)] + [torch.tensor(values).mean(0).tolist() for values in zip(*each)]
+        summary[name] = dict(zip(("responses", *columns, "kl_by_bucket", "contrast_by_bucket"), means))
+        print(f"{name:8s}" + " ".join(f"{value:13.5g}" for value in means[:7]))
+    print("copied: share of tokens to which the teacher, having read y, gives over .99. contrast: log p(y_t)"
+          "\ntold wrong minus told right; small beside logp_teacher - logp_student, the teacher only copies.")
     os.makedirs(args.out, exist_ok=True)
-    with open(os.path.join(args.out, "summary.json"), "w") as f:
-        json.dump(summary, f, indent=1)
-    with open(os.path.join(args.out, "heatmap.html"), "w") as f:
-        f.write(HEAT_PAGE + "".join(cells))
-    draw_buckets(summary, os.path.join(args.out, "buckets.png"))
-    print(report(summary) + f"\nsee {args.out}/heatmap.html, buckets.png")
+    verify.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1))
+    try:
+        from tests import page  # a folder beside this file
+        print(page.write(args.out, summary, shown, tokenizer))
+    except ImportError:
+        print(f"{args.out}/heatmap.html was not written: tests/page.py is not beside kl.py")
     torch.distributed.destroy_process_group()
-
-
-def read_responses(path, most, vocabulary):
-    """The y_init rows of a responses.jsonl, at most `most`, half of them right where there are as many."""
-    import verify
-    kinds = {True: {}, False: {}}
-    for line, row in verify.read_jsonl(path):
-        if row.get("kind", "init") == "init":
-            verify.need(row, path, line, id=str, sample=int, problem=str, y_init_tokens=list,
-                        y_init_correct=bool)
-            if max(row["y_init_tokens"], default=0) >= vocabulary:
-                verify.fail(f"{path}:{line}: a token id over the {vocabulary} of --teacher: another model's")
-            if row["y_init_tokens"]:
-                kinds[row["y_init_correct"]].setdefault((row["id"], row["sample"]), row)
-    right, wrong = (list(kinds[ok].values()) for ok in (True, False))
-    if not right + wrong:
-        verify.fail(f"--responses {path} holds no responses; srt.py writes such a file")
-    return (right[:max(most - len(wrong), most // 2)] + wrong)[:most]
-
-
-def report(summary):
-    """The table that the script prints, and what to make of it."""
-    columns = ("responses", "kl", "logp_student", "logp_teacher", "copied", "contrast", "abs_contrast")
-    lines = ["y_init  " + " ".join(f"{name:>13s}" for name in columns)]
-    for name in ("right", "wrong"):
-        if summary[name]["responses"]:
-            lines.append(f"{name:8s}" + " ".join(f"{summary[name][column]:13.5g}" for column in columns))
-    return "\n".join(lines) + """
-copied: share of tokens to which the teacher, having read y, gives more than .99. contrast: log p(y_t) after
-the phrase for wrong minus after the one for right. Where it is small beside logp_teacher - logp_student, the
-teacher copies what it has read, whatever it was told, and the KL carries no verdict."""
-
-
-HEAT_PAGE = """<!doctype html><meta charset="utf-8"><title>Where the reviser disagrees</title>
-<style>body{font:15px/1.9 monospace;max-width:75em;margin:2em auto;padding:0 1em}
-span{padding:2px 0;white-space:pre-wrap} h3{font:bold 15px sans-serif;margin:1.6em 0 .2em}</style>
-<p style="font-family:sans-serif">Each token is coloured by log p_student - log p_reviser:
-<span style="background:rgba(220,40,40,.6)">red</span> where the reviser, told the outcome, finds it less
-likely than the student did, <span style="background:rgba(40,90,220,.6)">blue</span> where more likely.
-Hover for the numbers.</p>
-"""
-
-
-def heat_row(tokenizer, row, ids, difference, kl):
-    """One response as HTML, a coloured span per token."""
-    spans = []
-    for token, d, k in zip(ids, difference, kl):
-        colour = "220,40,40" if d > 0 else "40,90,220"
-        style = f"background:rgba({colour},{min(abs(d) / 3, 1) * 0.8:.2f})"
-        spans.append(f'<span style="{style}" title="log ratio {d:+.2f}, KL {k:.3f}">'
-                     f"{html.escape(tokenizer.decode([token]))}</span>")
-    outcome = "right" if row["y_init_correct"] else "wrong"
-    title = f"{html.escape(str(row['id']))} · {outcome} · answer {html.escape(str(row.get('answer')))}"
-    return f"<h3>{title}</h3>{''.join(spans)}\n"
-
-
-def draw_buckets(summary, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for name, colour in (("right", "tab:blue"), ("wrong", "tab:red")):
-        if summary[name]["responses"]:
-            ax.plot(range(1, 21), summary[name]["kl_by_bucket"], marker="o", ms=3, color=colour,
-                    label=f"{name} ({summary[name]['responses']})")
-    ax.set(xlabel="tokens of a response, sorted by KL, in 20 equal buckets",
-           ylabel="share of the response's KL", title="Self-localisation: where the KL sits")
-    ax.set_ylim(bottom=0)
-    ax.set_xticks((1, 5, 10, 15, 20))
-    ax.legend(title="y_init was")
-    fig.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

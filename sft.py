@@ -52,6 +52,7 @@ from verify import fail, natural, positive, within
 # flags that a run that goes on may change: none of them moves a row to another step
 FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype checkpointing compile"
 FEW = 300  # wrong -> right tuples
+UNSAID = 0.3  # probability of P_r: .86 where SRT works (the demo), 1e-6 where not (docs/real.md)
 
 # ---- packed attention
 # fewer heads of k and v than of q: torch 2.11 takes them without the flag
@@ -423,6 +424,7 @@ def clean(tokenizer, ids, counts, name):
 class Example(NamedTuple):
     ids: list
     weights: list  # of the loss on each token; 0 for what is only read
+    p_r: int = 0  # where P_r begins
 
 
 def make_example(tokenizer, phrases, row, objective):
@@ -433,7 +435,8 @@ def make_example(tokenizer, phrases, row, objective):
     before = verify.revision_ids(tokenizer, x, y_init, row["y_init_correct"], phrases)
     on_init, on_revised = {"generation": (1, 1), "revision": (0, 1), "sum": (1, 2)}[objective]
     weights = [0] * len(x) + [on_init] * (len(before) - len(x))
-    return Example(before + row["y_revised_tokens"], weights + [on_revised] * len(row["y_revised_tokens"]))
+    return Example(before + row["y_revised_tokens"], weights + [on_revised] * len(row["y_revised_tokens"]),
+                   p_r=len(x) + len(verify.without_end(tokenizer, y_init)))
 
 
 def read_rows(path, objective, tokenizer, phrases, max_len, no_clean, counts):
@@ -545,16 +548,18 @@ def step_examples(examples, step, size, seed):
 
 def micro_batches(examples, budget, device):
     """
-    This rank's examples, packed: [(Batch, positions whose prediction has a weight [n], weights [n])], as many
-    on every rank; an empty share is a dummy of two tokens and no weight.
+    This rank's examples, packed: [(Batch, positions whose prediction has a weight or begins P_r [n], weights
+    [n], 1 where P_r begins [n])], as many on every rank; an empty share is a dummy of two tokens, no weight.
     """
     packed = []
     for rows in pack([len(e.ids) for e in examples], budget, device):
         members = [examples[i] for i in rows] or [Example([0, 0], [0, 0])]
         weights = [w for e in members for w in e.weights[1:] + [0]]  # position t predicts token t + 1
-        select = [t for t, w in enumerate(weights) if w] or [0]
+        turns = [t == e.p_r for e in members for t in range(1, len(e.ids) + 1)]
+        select = [t for t, w in enumerate(weights) if w or turns[t]] or [0]
+        marks = torch.tensor([[weights[t], turns[t]] for t in select], dtype=torch.float32)  # [n, 2]
         packed.append((make_batch([e.ids for e in members], device), torch.tensor(select).to(device),
-                       torch.tensor([float(weights[t]) for t in select]).to(device)))
+                       *marks.to(device).unbind(1)))
     return packed
 
 
@@ -599,26 +604,33 @@ def main():
         batch = step_examples(examples, step, args.batch, f"{args.seed}/{stage + 1}")
         loss_tokens = sum(w > 0 for e in batch for w in e.weights)
 
-        loss = torch.zeros((), device=ranks.device)
+        sums = torch.zeros(2, device=ranks.device)  # loss; mean probability that y_init goes on with P_r
         scale = ranks.world / loss_tokens  # FSDP averages gradients over ranks; times world makes that a sum
         mine = batch[ranks.rank::ranks.world]
-        for packed, select, weights in micro_batches(mine, args.micro_tokens, ranks.device):
-            part, _ = model(packed, select, lambda hidden, head: chunked_ce(
+        for packed, select, weights, turns in micro_batches(mine, args.micro_tokens, ranks.device):
+            part, each = model(packed, select, lambda hidden, head: chunked_ce(
                 hidden, head, packed.ids[select + 1], weights * scale))
             part.backward()
-            loss += part.detach() / ranks.world
-        dist.all_reduce(loss)
+            sums += torch.stack([part.detach() / ranks.world, (turns * torch.exp(-each)).sum() / len(batch)])
+        dist.all_reduce(sums)
+        loss, p_r = sums.tolist()
         lr = (args.stage2_lr or args.lr if stage == 1 else args.lr) * cosine(step, steps[stage])
         norm = optimizer_step(model, optimizer, lr, args.clip)
 
         seconds, lengths = time.time() - started, [len(e.ids) for e in batch]
         flops = 3 * forward_flops(model.config, lengths, loss_tokens)
-        row = {"step": number, "stage": stage + 1, "objective": objective, "loss": loss.item(),
-               "grad_norm": norm, "lr": lr, "tokens": sum(lengths), "loss_tokens": loss_tokens,
-               "seconds": seconds, "mfu": mfu(flops, seconds, ranks.world)}
-        metrics.report(f"stage {stage + 1} step {step + 1}/{steps[stage]}  loss {row['loss']:.4f}", row)
-        if saver.after_step(number + 1, lambda: training_state(model, optimizer), {"step": number + 1},
-                            last=number + 1 == len(plan)):
+        row = {"step": number, "stage": stage + 1, "objective": objective, "loss": loss,
+               "p_r": p_r if args.objective != "rft" else None, "grad_norm": norm, "lr": lr,
+               "tokens": sum(lengths), "loss_tokens": loss_tokens, "seconds": seconds,
+               "mfu": mfu(flops, seconds, ranks.world)}
+        says = f"  P_r {p_r:.3f}" if args.objective != "rft" else ""
+        metrics.report(f"stage {stage + 1} step {step + 1}/{steps[stage]}  loss {loss:.4f}{says}", row)
+        last = number + 1 == len(plan)
+        if last and p_r < UNSAID and args.objective not in ("rft", "revision"):
+            verify.say(f"warning: after y_init the model goes on with P_r with a probability of {p_r:.2g}: "
+                       "it will not revise by itself. Too much of stage 2 does that: lower --stage2_size, "
+                       "or give --objective sum (docs/real.md)")
+        if saver.after_step(number + 1, lambda: training_state(model, optimizer), {"step": number + 1}, last):
             return dist.destroy_process_group()
 
     saver.wait()

@@ -26,9 +26,10 @@ import importlib.util
 import json
 import math
 import os
+import sys
 import time
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from typing import NamedTuple
 
 import numpy as np
@@ -250,6 +251,36 @@ def request_seed(*parts):
     return zlib.crc32("|".join(map(str, parts)).encode()) & 0x7FFFFFFF
 
 
+class Progress:
+    """A line on rank 0's stderr: in a terminal it stays in its place, elsewhere there is one a minute."""
+
+    def __init__(self, ranks, problems, target):
+        self.ranks, self.problems, self.target, self.tokens = ranks, problems, target, 0
+        self.right, self.started, self.shown = defaultdict(list), time.time(), time.time()
+
+    def judged(self, y, row, tokens=0):
+        """A verdict on this rank's y_init or y_revised, for which this run has sampled so many tokens."""
+        self.right[y].append(row[f"{y}_correct"])
+        self.tokens += tokens
+        if time.time() - self.shown > (0.5 if sys.stderr.isatty() else 60):
+            self.show()
+
+    def show(self, end=""):
+        self.shown = time.time()
+        if self.ranks.rank:
+            return
+        count = lambda name: self.ranks.store.add(name, 0)
+        seconds, taken = max(1e-3, time.time() - self.started), min(count("taken"), self.problems)
+        time_left = tqdm.format_interval(seconds / taken * (self.problems - taken)) if taken else "?"
+        line = f"problems {taken}/{self.problems} [{tqdm.format_interval(seconds)}<{time_left}]"
+        if self.target is not None:
+            line += f"  kept {count('kept')}" + f"/{self.target}" * (self.target > 0)
+        line += "".join(f"  {y[2:]} {mean(right):.3f}" for y, right in sorted(self.right.items()))
+        line = f"{line}  {self.tokens / seconds:.0f} tok/s/rank"[:100]
+        print(f"\r\033[K{line}{end}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True,
+              end="" if sys.stderr.isatty() else "\n")
+
+
 def close(judge, sampler):
     """Ends a script's workers, its engine and its process group, which vLLM may have taken down already."""
     gc.unfreeze()  # vLLM and distill.py freeze; at the end triton's bindings would report it as leaked
@@ -365,7 +396,7 @@ def measures(name, rows):
         f"{name}_truncated": mean(row[TRUNCATED[y]] for row in rows)}
 
 
-def summarise(rows, kept, num_responses):
+def summarise(rows, kept, num_responses, phrases):
     """The counts of the official code, the measures of the paper; kept: the tuples kept, None with --eval."""
     inits, revised = [row for row in rows if row["kind"] == "init"], tuples(rows)
     by_problem = {}
@@ -373,6 +404,8 @@ def summarise(rows, kept, num_responses):
         by_problem.setdefault(row["id"], []).append(row["y_init_correct"])
     s = {"problems": len(by_problem), **measures("init", inits), **measures("revised", revised)}
     p, q, verdicts = s["init_accuracy"], s["revised_accuracy"], s["revised_verdicts"]
+    # y_init that correct themselves: what SRT is to teach, beside revising when told to
+    s["init_self_revised"] = mean(any(p_r in row["y_init"] for p_r in phrases) for row in inits)
     s["init_accuracy_95"] = wilson(p, len(by_problem)) if inits else None  # a problem's samples count as one
     s[f"avg@{num_responses}"] = mean(map(mean, by_problem.values()))
     s[f"pass@{num_responses}"] = mean(map(any, by_problem.values()))
@@ -466,7 +499,7 @@ def main():
     dist.barrier()
     done = read_rows(args.out)  # what an earlier run of the same command has finished
     file = open(os.path.join(args.out, f"responses.rank{ranks.rank}.jsonl"), "a")
-    bar = tqdm(total=len(problems), desc="problems", disable=ranks.rank != 0)
+    progress = Progress(ranks, len(problems), None if args.eval else args.target)
     waiting, judging = deque(), set()  # requests that the sampler has not taken yet; verdicts to come
     stopped = lambda: ranks.store.add("stop", len(caught)) > 0  # as soon as any rank has had a signal
 
@@ -476,7 +509,6 @@ def main():
             i = ranks.store.add("taken", 1) - 1
             if i >= len(problems):
                 return
-            bar.update(i + 1 - bar.n)
             await asyncio.gather(*(attempt(problems[i], prompts[i], k) for k in range(args.num_responses)))
 
     async def attempt(problem, x, k):
@@ -500,6 +532,7 @@ def main():
     async def respond(y, problem, ids, row):
         """`row` with a response after `ids`, sampled, judged and written, now or by an earlier run."""
         if row_key(row) in done:
+            progress.judged(y, done[row_key(row)])
             return done[row_key(row)]
         sampled = asyncio.get_running_loop().create_future()
         seed = request_seed(args.seed, *(part for part in row_key(row) if part != -1))
@@ -516,6 +549,7 @@ def main():
             row["no_room"] = bool(args.num_revisions) and len(seen(ids, row)) >= sampler.max_len
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
+        progress.judged(y, row, len(sample.ids))
         return row
 
     caught, started = verify.catch_signals(), time.time()
@@ -523,7 +557,7 @@ def main():
     tokens = serve(workers, waiting, judging, stopped, sampler, max_tokens=args.max_tokens,
                    temperature=args.temperature, top_p=args.top_p, logprobs=False)
     seconds = time.time() - started
-    bar.close()
+    progress.show("\n")
     file.close()
     tokens_of = [None] * ranks.world
     dist.all_gather_object(tokens_of, tokens)
@@ -535,7 +569,7 @@ def main():
         if not args.eval:
             kept = [row for row in tuples(rows) if row["y_revised_correct"]][: args.target or None]
             write_rows(os.path.join(args.out, "d_revision.jsonl"), kept)
-        found = {**summarise(rows, kept, args.num_responses), "seconds": round(seconds, 1),
+        found = {**summarise(rows, kept, args.num_responses, phrases), "seconds": round(seconds, 1),
                  "tokens_per_second": round(sum(tokens_of) / seconds, 1), "tokens_per_rank": tokens_of}
         summary = {**vars(args), "engine": type(sampler).__name__, "phrases": phrases,
                    "problems_dropped": dict(dropped), **found}

@@ -17,25 +17,20 @@ prompt, one place where P_r meets tokens, and ids are never decoded and encoded 
 import argparse
 import contextlib
 import fcntl
-import functools
-import glob
 import hashlib
 import itertools
 import json
 import os
 import re
-import resource
-import select
 import signal
-import subprocess
 import sys
 import time
-import traceback
-import types
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from verifiers.pool import Workers, load_verifier, worker
 
 # --------------------------------------------------------------------------------------- ranks and folders
 
@@ -412,15 +407,6 @@ def teacher_reads(tokenizer, problem, x_ids, y_ids, correct, phrases):
 
 
 # ------------------------------------------------------------------------------------------------ verdicts
-# A verifier is one file, which imports nothing of the project, with
-#   INSTRUCTION                     text after the problem in the user message
-#   gold(row)                       (gold, None) or (None, why there is none); gold: anything JSON can hold
-#   judge(gold, response, limits)   'right', which is reward 1, or another word: 'wrong', 'no answer', ...
-# and, where it needs them,
-#   longest(gold, limits)           seconds that `judge` may take; without it limits["seconds"]
-#   check(limits)                   ends the program, before anything is loaded, where something is missing
-# limits: "seconds" (--judge_seconds), "memory" (GiB a program may have), "sandbox" (not --unsafe_no_sandbox).
-
 MODE_HELP = "what judges: math, code, or the path of a verifier of your own, a .py file"
 UNSAFE = ("MODEL-WRITTEN PROGRAMS RUN WITH ALL YOUR RIGHTS: THEY CAN READ, CHANGE AND DELETE YOUR FILES AND "
           "USE YOUR NETWORK")
@@ -431,153 +417,35 @@ def mode_flag(text):
     return os.path.abspath(text) if text.endswith(".py") else text
 
 
-@functools.cache
-def load_verifier(mode):
-    """The module of a --mode: 'math', 'code', or a path that ends in .py. Ends the program if it is none."""
-    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "verifiers")
-    path = mode if mode.endswith(".py") else os.path.join(folder, f"{mode}.py")
-    name = "verifier_" + os.path.basename(path)[:-3]
-    module = sys.modules[name] = types.ModuleType(name)
-    module.__file__ = path
-    module.check = lambda limits: None  # these two are optional
-    module.longest = lambda gold, limits: limits["seconds"]
-    try:
-        with open(path, encoding="utf-8") as f:  # its source: what Python has cached of it may be older
-            exec(compile(f.read(), path, "exec"), module.__dict__)
-        module.INSTRUCTION, module.gold, module.judge  # AttributeError where one is missing
-    except Exception as e:  # whatever a user's file may raise
-        fail(f"--mode {mode}: {path} cannot be used: {type(e).__name__}: {e}; give math, code, or a path of "
-             "your own: a .py file with INSTRUCTION, gold and judge")
-    return module
-
-
 class Verdict(NamedTuple):
     correct: bool
     reason: str  # the verifier's word, or timeout, crash
 
 
-def worker(mode, memory):
-    """
-    The judge's worker process, until stdin ends. A JSON line in: [seconds it may take, 'gold' or 'judge',
-    arguments]; a line out: {"value": what the verifier returned} or {"crash": traceback of what it raised}.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):  # they may go to all processes of a run; the Judge decides
-        signal.signal(number, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2**30), resource.RLIM_INFINITY))
-    requests, replies, null = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1):  # what a verifier, or a program that it starts, reads and prints
-        os.dup2(null, descriptor)
-    verifier, me = load_verifier(mode), os.getpid()
-    print("ready", file=replies, flush=True)
-    for line in requests:
-        seconds, function, arguments = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # ends the process, should the parent be gone
-        try:
-            value = getattr(verifier, function)(*arguments)
-            if os.getpid() != me:
-                os._exit(1)  # a fork that `judge` has left behind
-            is_pair = isinstance(value, (tuple, list)) and len(value) == 2
-            if not (isinstance(value, str) if function == "judge" else is_pair):
-                wanted = "a word" if function == "judge" else "(gold, None) or (None, why)"
-                raise TypeError(f"`{function}` returned {value!r}, {wanted} is wanted")
-            reply = json.dumps({"value": value})
-        except MemoryError:  # ends the process
-            raise
-        except (Exception, SystemExit):
-            reply = json.dumps({"crash": traceback.format_exc(limit=-3)[-3000:].strip()})
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(reply, file=replies, flush=True)
-
-
-def descendants(pid):
-    """The ids of a process and of all that descend from it."""
-    found = [pid]
-    for pid in found:
-        for path in glob.glob(f"/proc/{pid}/task/*/children"):
-            with contextlib.suppress(OSError), open(path) as f:  # it may have ended
-                found += map(int, f.read().split())
-    return found
-
-
 class Judge(contextlib.AbstractContextManager):
     """
-    A pool of worker processes that give verdicts; any thread may use it. A worker that takes too long or dies
-    (memory) is replaced; its answer counts as wrong, with the reason 'timeout' or 'crash', and so does one on
-    which the verifier raises. limit: seconds of a verdict, or of one test of a program that states none.
-    memory: GiB of address space of a worker; a program may have 1 GiB.
+    Gives verdicts, in processes of their own (verifiers/pool.py); any thread may use it. One that takes too
+    long, or whose process dies (memory), counts as wrong, with the reason 'timeout' or 'crash', and so does
+    one on which the verifier raises. limit: seconds of a verdict, or of one test of a program that states
+    none. memory: GiB of address space of a process; a program may have 1 GiB.
     """
 
     def __init__(self, mode="math", workers=None, limit=5.0, memory=4.0, sandbox=True):
         if not sandbox:
             say(f"--unsafe_no_sandbox: {UNSAFE}")
         workers = workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.mode, self.verifier, self.memory = mode, load_verifier(mode), memory
+        self.mode, self.verifier, self.workers = mode, load_verifier(mode), Workers(mode, workers, memory)
         self.limits = {"seconds": limit, "memory": 1.0, "sandbox": sandbox}
-        self.shown = set()  # of which function a traceback, or an end without one, has been shown
-        started = [self.start() for _ in range(workers)]  # all at once: their imports take a second
-        self.idle = deque(map(self.ready, started))
         self.pool = ThreadPoolExecutor(workers)  # each of its threads takes a worker that is idle
-
-    def start(self):
-        """A new worker, in a session of its own: Ctrl-C does not reach it."""
-        return subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), "--worker", self.mode, str(self.memory)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-    def ready(self, process):
-        """Waits until a new worker has made its imports."""
-        if not self.read(process, 60):
-            raise RuntimeError(f"a judge worker did not start; run this to see why: {' '.join(process.args)}")
-        return process
-
-    def stop(self, process):
-        process.send_signal(signal.SIGSTOP)  # so that it starts nothing more
-        for pid in descendants(process.pid):  # bubblewrap, killed alone while it sets up, leaves a child
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-        process.stdin = process.stdout = None
-
-    def ask(self, function, arguments, seconds):
-        """(what a function of the verifier returns, None), or (None, 'timeout' or 'crash')."""
-        process = self.idle.pop()
-        try:
-            process.stdin.write((json.dumps([seconds, function, arguments], default=str) + "\n").encode())
-            process.stdin.flush()
-            line = self.read(process, seconds)
-        except BrokenPipeError:
-            line = b""
-        if not line:
-            self.stop(process)
-            process = self.ready(self.start())
-        self.idle.append(process)
-        reply = json.loads(line or "{}")
-        if "value" in reply:
-            return reply["value"], None
-        if line is not None and (function, bool(reply)) not in self.shown:
-            self.shown.add((function, bool(reply)))
-            effect = {"gold": "drops the row", "judge": "counts as wrong"}[function]
-            how = reply.get("crash", "its process ended without a word: out of memory?")
-            print(f"--mode {self.mode}: `{function}` crashed, which {effect}; the first time:\n{how}",
-                  file=sys.stderr, flush=True)
-        return None, "timeout" if line is None else "crash"
-
-    def read(self, process, seconds):
-        """A line of a worker, b"" if it is dead, None if it takes too long."""
-        if not select.select([process.stdout], [], [], seconds)[0]:
-            return None
-        line = process.stdout.readline()
-        return line if line.endswith(b"\n") else b""
 
     def gold(self, row):
         """(gold, None) or (None, why there is none) of a row of a data set."""
-        value, failed = self.ask("gold", [row], self.limits["seconds"])
+        value, failed = self.workers.ask("gold", [row], self.limits["seconds"])
         return (None, f"gold: {failed}") if failed else value
 
     def verdict(self, problem, response):
         seconds = float(self.verifier.longest(problem.answer, self.limits))
-        reason, failed = self.ask("judge", [problem.answer, response, self.limits], seconds)
+        reason, failed = self.workers.ask("judge", [problem.answer, response, self.limits], seconds)
         return Verdict(reason == "right", failed or reason)
 
     def submit(self, problem, response):
@@ -590,8 +458,7 @@ class Judge(contextlib.AbstractContextManager):
 
     def close(self, *_):
         self.pool.shutdown()
-        for process in self.idle:
-            self.stop(process)
+        self.workers.close()
 
     __exit__ = close
 

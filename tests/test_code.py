@@ -686,12 +686,12 @@ def test_a_worker_that_is_stopped_at_any_moment_leaves_nothing():
     request = json.dumps([60, "judge", [ADD, fenced("while True: pass"), LIMITS]]) + "\n"
     with verify.Judge("code", workers=1) as judge:
         for moment in range(0, 32, 2):
-            worker = judge.start()
-            judge.read(worker, 60)  # it is ready
+            worker = judge.workers.start()
+            judge.workers.read(worker, 60)  # it is ready
             worker.stdin.write(request.encode())
             worker.stdin.flush()
             time.sleep(moment / 1000)
-            judge.stop(worker)
+            judge.workers.stop(worker)
             nothing_is_left(seconds=5)
 
 

@@ -46,7 +46,8 @@ def apply(name, folder):
 
 def modules_of(folder):
     """distill, kl and verify of a copy, beside those of the project."""
-    ours = {name: sys.modules.pop(name) for name in ("distill", "kl", "sft", "srt", "verify")}
+    names = "distill", "kl", "sft", "srt", "verify", "verifiers", "verifiers.pool"
+    ours = {name: sys.modules.pop(name) for name in names}
     sys.path.insert(0, str(folder))
     try:
         distill, kl, verify = map(importlib.import_module, ("distill", "kl", "verify"))

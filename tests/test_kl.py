@@ -232,11 +232,3 @@ def test_errors():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
-
-
-def test_buckets():
-    """Shares of 20 equal slices of the sorted tokens: flat for equal values, all in the first for one loud token."""
-    assert kl.buckets(torch.ones(7)) == pytest.approx([0.05] * 20)
-    loud = torch.zeros(40)
-    loud[13] = 2.0
-    assert kl.buckets(loud)[0] == pytest.approx(1.0) and sum(kl.buckets(torch.rand(33))) == pytest.approx(1.0)

@@ -38,23 +38,27 @@ def nearly_all_close(model, path):
 
 @pytest.mark.parametrize("objective", ["generation", "revision", "sum"])
 def test_sft(objective, qwen, d_revision, tmp_path):
-    """All rows in one step: loss, gradient norm and weights."""
-    run("sft.py", "--model", qwen, "--data", d_revision, "--out", tmp_path, "--objective", objective, "--batch", 100, "--epochs", 1,
-        "--lr", "1e-3", "--weight_decay", 0.1)
+    """All rows in one step: loss, gradient norm and weights; the probability that y_init goes on with P_r, and a word on it."""
+    out = run("sft.py", "--model", qwen, "--data", d_revision, "--out", tmp_path, "--objective", objective, "--batch", 100,
+              "--epochs", 1, "--lr", "1e-3", "--weight_decay", 0.1).stdout
+    assert ("it will not revise by itself" in out) == (objective != "revision")
     tokenizer, model = verify.load_tokenizer(qwen), AutoModelForCausalLM.from_pretrained(qwen)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95))
-    total, tokens = 0, 0
+    total, tokens, p_r = 0, 0, []
     for row in read(d_revision):
         x = verify.chat_ids(tokenizer, verify.Problem.of_row(row))
         y = row["y_init_tokens"][:-1] + tokenizer.encode(RIGHT if row["y_init_correct"] else WRONG, add_special_tokens=False)
         first, second = {"generation": (1, 1), "revision": (0, 1), "sum": (1, 2)}[objective]
         weights = torch.tensor([first] * len(y) + [second] * len(row["y_revised_tokens"]))
         y = y + row["y_revised_tokens"]
-        total = total - (log_probs(model, x, y)[torch.arange(len(y)), y] * weights).sum()
+        log_p = log_probs(model, x, y)[torch.arange(len(y)), y]
+        p_r.append(log_p[len(row["y_init_tokens"]) - 1].exp().item())
+        total = total - (log_p * weights).sum()
         tokens += int((weights > 0).sum())
     norm = step(model, optimizer, total / tokens, 1e-3)
     metrics, = read(tmp_path / "metrics.jsonl")
     assert metrics["loss"] == pytest.approx((total / tokens).item(), rel=1e-5) and metrics["loss_tokens"] == tokens
+    assert metrics["p_r"] == pytest.approx(sum(p_r) / len(p_r), rel=1e-5)
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4) and nearly_all_close(model, tmp_path / "final")
 
 

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from conftest import SHARED, make_rows, read, run
@@ -113,31 +114,56 @@ def test_summary_of_rows_by_hand():
     """Three problems, two samples of each: (right, right), (right, wrong), (wrong, wrong); the wrong ones are revised."""
     row = lambda id_, sample, ok, **more: {"kind": "init", "id": id_, "sample": sample, "y_init_correct": ok, "no_room": False,
                                            "y_init_verdict": "right" if ok else "wrong", "y_init_tokens": [1] * (sample + 1),
-                                           "truncated": not ok, **more}
+                                           "y_init": "Wait. Yes." if sample else "Yes.", "truncated": not ok, **more}
     inits = [row("a", 0, True), row("a", 1, True), row("b", 0, True), row("b", 1, False), row("c", 0, False), row("c", 1, False)]
     revised = [{"kind": "revision", "id": r["id"], "sample": r["sample"], "revision": 0, "y_revised_correct": ok,
                 "y_revised_verdict": "right" if ok else "no answer", "y_revised_tokens": [1] * 4,
                 "revised_truncated": False} for r, ok in zip(inits[3:], (True, True, False))]
-    s = srt.summarise(inits + revised, srt.tuples(inits + revised)[:1], 2)
+    s = srt.summarise(inits + revised, srt.tuples(inits + revised)[:1], 2, ("Wait.", "Fine."))
     assert (s["avg@2"], s["pass@2"], s["init_accuracy"]) == (pytest.approx(1 / 2), pytest.approx(2 / 3), 1 / 2)
     assert (s["problems"], s["init_total"], s["init_correct"], s["init_mean_tokens"], s["init_truncated"]) == (3, 6, 3, 1.5, 0.5)
     assert (s["revised_total"], s["revised_correct"], s["revised_mean_tokens"]) == (3, 2, 4)
+    assert s["init_self_revised"] == 1 / 2
     assert s["revised_accuracy_of_wrong"] == pytest.approx(2 / 3) and s["revised_accuracy_of_right"] is None
     assert s["net_correction"] is None and (s["kept"], s["wrong_to_right"]) == (1, 1)  # not every y_init was revised
     assert s["dropped"] == {"y_revised no answer": 1, "over the target": 1, "no room to revise": 0}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_line_of_progress(terminal, monkeypatch, capsys):
+    """Problems, kept, accuracies, speed: one line of at most 100 columns, in its place or one a minute."""
+    counts, now = {"taken": 9_000, "kept": 5_432}, [1_000_000.0]
+    monkeypatch.setattr(srt.time, "time", lambda: now[0])
+    monkeypatch.setattr(srt.sys.stderr, "isatty", lambda: terminal)
+    ranks = verify.Ranks(0, 8, "cpu", SimpleNamespace(add=lambda name, n: counts[name]))
+    progress = srt.Progress(ranks, 10_000, 6_000)
+    for second in range(7_200):
+        now[0] += 1
+        progress.judged("y_init", {"y_init_correct": second % 4 > 0}, 22_000)
+        progress.judged("y_revised", {"y_revised_correct": second % 2 > 0}, 1_456)
+    progress.show("\n")
+    err = capsys.readouterr().err
+    lines = err.split("\r\033[K")[1:] if terminal else err.splitlines()
+    assert len(lines) == (7_201 if terminal else 119) and err.count("\n") == (1 if terminal else 119)
+    assert max(map(len, lines)) <= 100
+    assert lines[-1].strip() == ("problems 9000/10000 [2:00:00<13:20]  kept 5432/6000  init 0.750  revised 0.500  "
+                                 "23456 tok/s/rank")
+    srt.Progress(ranks._replace(rank=1), 10, None).show("\n")
+    srt.Progress(ranks, 10_000, None).show("\n")  # --eval, before any verdict
+    assert capsys.readouterr().err.count("problems") == 1
 
 
 def test_the_summary_says_whether_d_revision_is_enough(qwen, problems_file, tmp_path):
     """wrong -> right tuples, wrong ones mended, no answer: one line and three numbers; too few of the first are said to be few."""
     row = lambda id_, y_init, verdicts: [
         {"kind": "init", "id": id_, "sample": 0, "y_init_correct": y_init == "right", "y_init_verdict": y_init,
-         "y_init_tokens": [1], "truncated": False, "no_room": False},
+         "y_init": "1", "y_init_tokens": [1], "truncated": False, "no_room": False},
         *({"kind": "revision", "id": id_, "sample": 0, "revision": n, "y_revised_correct": verdict == "right",
            "y_revised_verdict": verdict, "y_revised_tokens": [1], "revised_truncated": False} for n, verdict in enumerate(verdicts))]
     for n, few in ((1, " (few: the teacher may only copy; see docs/real.md)"), (250, "")):
         rows = [r for i in range(n) for r in row(f"w{i}", "wrong", ["right", "right", "wrong", "no answer", "no answer"])]
         rows += row("r", "right", ["right"] * 5)
-        s = srt.summarise(rows, [r for r in srt.tuples(rows) if r["y_revised_correct"]], 1)
+        s = srt.summarise(rows, [r for r in srt.tuples(rows) if r["y_revised_correct"]], 1, ("Wait", "Fine"))
         assert (s["kept"], s["wrong_to_right"]) == (2 * n + 5, 2 * n)
         assert s["revised_accuracy_of_wrong"] == pytest.approx(0.4) and s["no_answer_revised"] == pytest.approx(2 * n / (5 * n + 5))
         silent = 100 * 2 * n / (5 * n + 5)
@@ -327,35 +353,6 @@ def test_olmo_goes_through_all_phases(olmo, problems_file, tmp_path):
     done = run("distill.py", "--model", tmp_path / "srt/final", "--data", problems_file, "--out", tmp_path / "sdzero", *DISTILL,
                "--steps", 2)
     assert verify.PHRASES["olmo"][0] in done.stdout and os.path.exists(tmp_path / "sdzero/final/model.safetensors")
-
-
-def test_kl_draws(qwen, collected, tmp_path):
-    run("kl.py", "--student", qwen, "--teacher", qwen, "--responses", f"{collected}/responses.jsonl", "--out", tmp_path,
-        "--max_responses", 6)
-    s = json.load(open(tmp_path / "summary.json"))
-    assert s["right"]["responses"] + s["wrong"]["responses"] == 6
-    assert sum(s["wrong"]["kl_by_bucket"]) == pytest.approx(1.0, abs=1e-4)
-    assert (tmp_path / "heatmap.html").read_text().count("<span") > 20 and os.path.getsize(tmp_path / "buckets.png") > 5000
-
-
-def test_kl_says_whether_the_phrase_is_heard(guesser, tmp_path):
-    """The guesser answers 3, 4 or 5; told that it was wrong, 3: the contrast between the phrases sits on the number."""
-    tokenizer = verify.load_tokenizer(guesser)
-    rows = []
-    for i in range(6):
-        text = f" \\boxed{{{3 + i % 3}}}"
-        ids = tokenizer.encode(text, add_special_tokens=False) + tokenizer.end_ids[:1]
-        rows.append({"kind": "init", "id": f"p{i}", "sample": 0, "problem": f"{i}+1=?", "answer": "3", "mode": "math", "y_init": text,
-                     "y_init_tokens": ids, "y_init_correct": i % 3 == 0})
-    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = run("kl.py", "--student", guesser, "--teacher", guesser, "--responses", tmp_path / "responses.jsonl", "--out", tmp_path)
-    s = json.load(open(tmp_path / "summary.json"))
-    assert (s["right"]["responses"], s["wrong"]["responses"]) == (2, 4) and "contrast" in said.stdout
-    assert s["wrong"]["contrast"] < -0.3 and s["right"]["contrast"] > 0.1 and s["wrong"]["abs_contrast"] > 0.3
-    assert s["wrong"]["contrast_by_bucket"][0] > 0.15  # one token of five or so
-    assert 0 < s["wrong"]["copied"] < 1  # the frame around the number is certain either way
-    page = (tmp_path / "heatmap.html").read_text()
-    assert page.count("· right ·") == 2 and page.count("· wrong ·") == 4
 
 
 def test_judging_again(collected, problems_file, tmp_path):

@@ -65,7 +65,7 @@ def test_a_worker_out_of_memory_is_a_crash():
 def test_a_killed_worker_is_a_crash_and_is_replaced():
     with verify.Judge(workers=1) as judge:
         judge([math("5")], ["\\boxed{5}"])
-        for process in list(judge.idle):
+        for process in list(judge.workers.idle):
             process.kill()
         assert judge([math("5")], ["\\boxed{6}"]) == [verify.Verdict(False, "crash")]
         assert judge([math("5")], ["\\boxed{7}"]) == [verify.Verdict(False, "wrong")]
@@ -89,7 +89,7 @@ def test_from_any_thread_and_in_order(judge):
 def test_closing_leaves_no_worker():
     with verify.Judge(workers=2) as judge:
         judge([math("5")], ["\\boxed{5}"])
-        workers = list(judge.idle)
+        workers = list(judge.workers.idle)
         assert len(workers) == 2
     assert all(worker.poll() is not None for worker in workers)
 

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -99,6 +100,7 @@ def save_model(folder, model, tokenizer):
     """Write a Hugging Face folder; generation ends at the end of a turn."""
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    transformers.utils.logging.disable_progress_bar()  # of writing one shard
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -1,0 +1,158 @@
+"""
+How a verifier is loaded, and asked: in worker processes, under limits of time and memory.
+
+A verifier is one file, which imports nothing of the project, with
+  INSTRUCTION                     text after the problem in the user message
+  gold(row)                       (gold, None) or (None, why there is none); gold: anything JSON can hold
+  judge(gold, response, limits)   'right', which is reward 1, or another word: 'wrong', 'no answer', ...
+and, where it needs them,
+  longest(gold, limits)           seconds that `judge` may take; without it limits["seconds"]
+  check(limits)                   ends the program, before anything is loaded, where something is missing
+limits: "seconds" (--judge_seconds), "memory" (GiB a program may have), "sandbox" (not --unsafe_no_sandbox).
+"""
+import contextlib
+import functools
+import glob
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import traceback
+import types
+from collections import deque
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+@functools.cache
+def load_verifier(mode):
+    """The module of a --mode: 'math', 'code', or a path that ends in .py. Ends the program if it is none."""
+    path = mode if mode.endswith(".py") else os.path.join(PROJECT, "verifiers", f"{mode}.py")
+    name = "verifier_" + os.path.basename(path)[:-3]
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__file__ = path
+    module.check = lambda limits: None  # these two are optional
+    module.longest = lambda gold, limits: limits["seconds"]
+    try:
+        with open(path, encoding="utf-8") as f:  # its source: what Python has cached of it may be older
+            exec(compile(f.read(), path, "exec"), module.__dict__)
+        module.INSTRUCTION, module.gold, module.judge  # AttributeError where one is missing
+    except Exception as e:  # whatever a user's file may raise
+        raise SystemExit(f"error: --mode {mode}: {path} cannot be used: {type(e).__name__}: {e}; give math, "
+                         "code, or a path of your own: a .py file with INSTRUCTION, gold and judge") from e
+    return module
+
+
+def worker(mode, memory):
+    """
+    The judge's worker process, until stdin ends. A JSON line in: [seconds it may take, 'gold' or 'judge',
+    arguments]; a line out: {"value": what the verifier returned} or {"crash": traceback of what it raised}.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may go to all processes of a run; the Judge decides
+        signal.signal(number, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2**30), resource.RLIM_INFINITY))
+    requests, replies, null = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1):  # what a verifier, or a program that it starts, reads and prints
+        os.dup2(null, descriptor)
+    verifier, me = load_verifier(mode), os.getpid()
+    print("ready", file=replies, flush=True)
+    for line in requests:
+        seconds, function, arguments = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # ends the process, should the parent be gone
+        try:
+            value = getattr(verifier, function)(*arguments)
+            if os.getpid() != me:
+                os._exit(1)  # a fork that `judge` has left behind
+            is_pair = isinstance(value, (tuple, list)) and len(value) == 2
+            if not (isinstance(value, str) if function == "judge" else is_pair):
+                wanted = "a word" if function == "judge" else "(gold, None) or (None, why)"
+                raise TypeError(f"`{function}` returned {value!r}, {wanted} is wanted")
+            reply = json.dumps({"value": value})
+        except MemoryError:  # ends the process
+            raise
+        except (Exception, SystemExit):
+            reply = json.dumps({"crash": traceback.format_exc(limit=-3)[-3000:].strip()})
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(reply, file=replies, flush=True)
+
+
+def descendants(pid):
+    """The ids of a process and of all that descend from it."""
+    found = [pid]
+    for pid in found:
+        for path in glob.glob(f"/proc/{pid}/task/*/children"):
+            with contextlib.suppress(OSError), open(path) as f:  # it may have ended
+                found += map(int, f.read().split())
+    return found
+
+
+class Workers:
+    """
+    Processes that ask a verifier, one question at a time; any thread may use them. One that takes too long or
+    dies is replaced. memory: GiB of address space of each.
+    """
+
+    def __init__(self, mode, count, memory):
+        self.mode, self.memory = mode, memory
+        self.shown = set()  # of which function a traceback, or an end without one, has been shown
+        started = [self.start() for _ in range(count)]  # all at once: their imports take a second
+        self.idle = deque(map(self.ready, started))
+
+    def ask(self, function, arguments, seconds):
+        """(what a function of the verifier returns, None), or (None, 'timeout' or 'crash')."""
+        process = self.idle.pop()
+        try:
+            process.stdin.write((json.dumps([seconds, function, arguments], default=str) + "\n").encode())
+            process.stdin.flush()
+            line = self.read(process, seconds)
+        except BrokenPipeError:
+            line = b""
+        if not line:
+            self.stop(process)
+            process = self.ready(self.start())
+        self.idle.append(process)
+        reply = json.loads(line or "{}")
+        if "value" in reply:
+            return reply["value"], None
+        if line is not None and (function, bool(reply)) not in self.shown:
+            self.shown.add((function, bool(reply)))
+            effect = {"gold": "drops the row", "judge": "counts as wrong"}[function]
+            how = reply.get("crash", "its process ended without a word: out of memory?")
+            print(f"--mode {self.mode}: `{function}` crashed, which {effect}; the first time:\n{how}",
+                  file=sys.stderr, flush=True)
+        return None, "timeout" if line is None else "crash"
+
+    def start(self):
+        """A new worker, in a session of its own: Ctrl-C does not reach it."""
+        return subprocess.Popen(
+            [sys.executable, os.path.join(PROJECT, "verify.py"), "--worker", self.mode, str(self.memory)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def ready(self, process):
+        """Waits until a new worker has made its imports."""
+        if not self.read(process, 60):
+            raise RuntimeError(f"a judge worker did not start; run this to see why: {' '.join(process.args)}")
+        return process
+
+    def read(self, process, seconds):
+        """A line of a worker, b"" if it is dead, None if it takes too long."""
+        if not select.select([process.stdout], [], [], seconds)[0]:
+            return None
+        line = process.stdout.readline()
+        return line if line.endswith(b"\n") else b""
+
+    def stop(self, process):
+        process.send_signal(signal.SIGSTOP)  # so that it starts nothing more
+        for pid in descendants(process.pid):  # bubblewrap, killed alone while it sets up, leaves a child
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        process.stdin = process.stdout = None
+
+    def close(self):
+        for process in self.idle:
+            self.stop(process)
+
