@@ -26,7 +26,8 @@ NAMES = {"base": "base", "rft": "RFT", "srt": "SRT", "sdzero": "SD-Zero"}
 COLOURS = dict(zip(NAMES, ("tab:gray", "tab:orange", "tab:green", "tab:blue")))
 # title of a panel: {field of metrics.jsonl: its label}
 PANELS = {
-    "sft.py": {"loss, nats per token": {"loss": ""}, "gradient norm": {"grad_norm": ""}, "learning rate": {"lr": ""}},
+    "sft.py": {"loss, nats per token": {"loss": ""}, "probability of P_r after y_init": {"p_r": ""},
+               "gradient norm": {"grad_norm": ""}, "learning rate": {"lr": ""}},
     "distill.py": {
         "reward": {"reward": "reward", "val_accuracy": "validation"},
         "KL per token, nats": {"kl_right": "on right y", "kl_wrong": "on wrong y"},
@@ -107,7 +108,7 @@ def scale(ax, numbers):
     """A log scale where positive numbers span a factor of 30; else from 0."""
     numbers = sorted(v for v in numbers if not math.isnan(v))
     # a few zeros or first steps must not decide
-    if numbers[0] > 0 and numbers[-1] > 30 * numbers[0]:
+    if numbers[0] > 0 and numbers[-1] > 30 * numbers[0] and ax.get_title() != "learning rate":
         ax.set_yscale("log")
     else:
         ax.set_ylim(min(0, numbers[0]) * 1.05, numbers[-1] * 1.05 if numbers[-1] > 0 else None)
@@ -126,7 +127,7 @@ def draw_seconds(ax, runs):
     for number, (name, rows) in enumerate(runs.items()):
         x, parts = seconds_of(rows)
         if len(runs) > 1:
-            draw_line(ax, x, [sum(column) for column in zip(*parts.values())], f"C{number}", "-", name)
+            draw_line(ax, *map(list, values(rows, "seconds")), f"C{number}", "-", None)
         elif len(x) > 1:
             ax.stackplot(x, parts.values(), labels=parts, colors=[f"C{i}" for i in range(len(parts))], linewidth=0)
         else:
@@ -159,15 +160,17 @@ def draw(path, runs):
             if len(runs) == 1:
                 draw_line(ax, x, y, f"C{place}", "-", label)
             else:
-                draw_line(ax, x, y, f"C{number}", LINES[place], f"{name}, {label}" if several else name)
-        scale(ax, [v for *_, y in lines for v in y])
+                draw_line(ax, x, y, f"C{number}", LINES[place], None)
         ax.set_title(title, fontsize=10)
-        if several or len(runs) > 1:
-            ax.legend(fontsize=7)
+        scale(ax, [v for *_, y in lines for v in y])
+        if several:
+            ax.legend([plt.Line2D([], [], color="gray" if len(runs) > 1 else f"C{place}", linestyle=LINES[place])
+                       for place in range(2)], [label for label in PANELS[script][title].values()], fontsize=7)
     if stacked:
         draw_seconds(axes[len(panels)], runs)
         axes[len(panels)].set_title("seconds of a step", fontsize=10)
-        axes[len(panels)].legend(fontsize=7, loc="upper right")
+        if len(runs) == 1:
+            axes[len(panels)].legend(fontsize=7, loc="upper right")
     for number, rows in enumerate(runs.values()):  # where a stage of sft.py ends
         for before, row in zip(rows, rows[1:]):
             if row.get("stage") != before.get("stage") and "stage" in row:
@@ -181,7 +184,12 @@ def draw(path, runs):
         ax.set_xlabel("step", fontsize=8)
     for ax in axes[count:]:
         ax.remove()
-    fig.tight_layout()
+    room = 0.0
+    if len(runs) > 1:  # one legend for all panels
+        lines = [plt.Line2D([], [], color=f"C{number}") for number in range(len(runs))]
+        fig.legend(lines, runs, ncols=min(4, len(runs)), loc="lower center", fontsize=8)
+        room = 0.25 * (1 + math.ceil(len(runs) / 4)) / fig.get_figheight()
+    fig.tight_layout(rect=(0, room, 1, 1))
     write_picture(fig, path, dpi=100)
 
 
@@ -201,13 +209,11 @@ def names_of(paths):
             own.pop()
     if len({tuple(own) for own in parts.values()}) < len(paths):
         fail("a run is given twice; give each once")
-    names = {path: own[-1] for path, own in parts.items()}
     while len({own[0] for own in parts.values()}) == 1 and all(len(own) > 1 for own in parts.values()):
         parts = {path: own[1:] for path, own in parts.items()}
     while len({own[-1] for own in parts.values()}) == 1 and all(len(own) > 1 for own in parts.values()):
         parts = {path: own[:-1] for path, own in parts.items()}
-    names = {path: "/".join(own).removesuffix(".jsonl") for path, own in parts.items()}
-    return names
+    return {path: "/".join(own).removesuffix(".jsonl") for path, own in parts.items()}
 
 
 def compare(paths, out):
@@ -305,7 +311,7 @@ h1 { font-size: 22px } h2 { font-size: 17px; margin: 28px 0 8px }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: 4px 10px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
-td.command { text-align: left; white-space: normal; font: 12px/1.4 monospace; overflow-wrap: anywhere; min-width: 240px }
+.command, th.command { text-align: left; white-space: normal; font: 12px/1.4 monospace; overflow-wrap: anywhere; min-width: 240px }
 img { width: 100%; height: auto; background: #fff }
 iframe { width: 100%; height: 80vh; border: 1px solid var(--line) }
 @media (prefers-color-scheme: dark) { img { filter: invert(0.93) hue-rotate(180deg) } }
@@ -326,7 +332,7 @@ def write_page(path, out, title, table, text):
             *(f"<p>{escape(part)}</p>" for part in text), image(Path(out, "report.png"))]
     for run in runs:
         body += [f"<h2>{escape(str(run))}</h2>", image(run / "curves.png")]
-    body += ["<h2>Commands</h2>", '<div class="wide"><table>', row("th", ["seconds", "command"])]
+    body += ["<h2>Commands</h2>", '<div class="wide"><table>', "<tr><th>seconds</th><th class=command>command</th></tr>"]
     for folder in folders:
         words, seconds = command(folder)
         body.append(f'<tr><td>{seconds:,.1f}</td><td class="command">{escape(words)}</td></tr>')
