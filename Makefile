@@ -1,4 +1,4 @@
-# make demo   a base model, RFT, SRT and SD-Zero at toy scale, from scratch: a table and runs/demo/report.png
+# make demo   a base model, RFT, SRT and SD-Zero at toy scale, from scratch: a table and runs/demo/report.html
 # make test   the tests
 # make real   the same on a real model and data set, a GPU or more: MODEL=, DATA= (or TRAIN= and TEST=)
 # make bench  speed, as ratios in one run (the GPU parts need a GPU)

@@ -434,6 +434,7 @@ def main():
             verify.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1))
         best = f"; validation {accuracy['val_accuracy']:.3f}, best {progress['best']}" if args.val else ""
         verify.say(f"saved {args.out}/final{best}")
+    metrics.draw()
     srt.close(judge, sampler)
 
 

@@ -1,10 +1,12 @@
 """Curves of one run and of several, from whole, torn and strange rows; the page at the end of make demo."""
 import json
 import math
+import time
 
 import pytest
 from PIL import Image
 
+import sft
 from tests import report
 
 
@@ -75,6 +77,25 @@ def test_several_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["report.py", *runs, "--out", out])
     report.main()
     assert capsys.readouterr().out == f"picture: {out}\n" and Image.open(out).width == 1200
+
+
+def test_a_run_draws_itself(ranks, tmp_path, monkeypatch):
+    """Once a minute and at its end, from 10 steps on, in a process of its own, whatever becomes of that."""
+    metrics = sft.Metrics(str(tmp_path), 0)
+    for row in distill_rows(10):
+        metrics.draw()
+        assert metrics.steps < 10 and not (tmp_path / "curves.png").exists()
+        metrics.report("", {**row, "tokens": 5, "lr": 0.1, "mfu": None})
+    metrics.drawn -= 61
+    metrics.report("", {**row, "step": 10, "tokens": 5, "lr": 0.1, "mfu": None})
+    assert time.time() - metrics.drawn < 60
+    for _ in range(300):
+        if (tmp_path / "curves.png").exists():
+            break
+        time.sleep(0.1)
+    assert Image.open(tmp_path / "curves.png").width == 1200
+    monkeypatch.setattr(sft.sys, "executable", "/nowhere/python")
+    metrics.draw()
 
 
 @pytest.mark.parametrize("arguments, words", [
