@@ -80,6 +80,7 @@ STEPS ?= 60
 KL ?= reverse
 SAMPLES ?= 2
 STAGE2 ?= 600
+OBJECTIVE ?= two-stage
 TOKENS ?= 1024
 MORE ?=
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
@@ -87,7 +88,7 @@ RUN = $(if $(filter-out 0 1,$(GPUS)),$(PY) -m torch.distributed.run --standalone
 HOW = --max_tokens $(TOKENS) $(MORE)
 real: setup
 	$(RUN) srt.py --model $(MODEL) --data $(TRAIN) --range $(word 1,$(ROWS)) --num_responses 2 --num_revisions 4 --target 0 --out $(REAL)/collect $(HOW)
-	$(RUN) sft.py --model $(MODEL) --data $(REAL)/collect/d_revision.jsonl --out $(REAL)/srt --batch 16 --epochs 2 --lr 1e-5 --stage2_size $(STAGE2)
+	$(RUN) sft.py --model $(MODEL) --data $(REAL)/collect/d_revision.jsonl --out $(REAL)/srt --batch 16 --epochs 2 --lr 1e-5 --objective $(OBJECTIVE) --stage2_size $(STAGE2)
 	@echo "== RFT: the baseline, with as many generations"
 	$(RUN) srt.py --model $(MODEL) --data $(TRAIN) --range $(word 1,$(ROWS)) --num_responses 10 --num_revisions 0 --target 0 --out $(REAL)/collect_rft $(HOW)
 	$(RUN) sft.py --model $(MODEL) --objective rft --data $(REAL)/collect_rft/responses.jsonl --out $(REAL)/rft --batch 16 --epochs 1 --lr 1e-5
