@@ -50,13 +50,16 @@ def embedded(path):
     return json.loads(re.search(r'application/json" id="data">(.*?)</script>', path.read_text())[1])
 
 
-def after_load(path, hash=""):
-    """The page's DOM after its script has run, as chromium has it."""
+def after_load(path, drawn, hash=""):
+    """The page's DOM as chromium has it, with `drawn`: on a busy machine it may be dumped before that is there."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom",
              "--window-size=1400,1400"]
     command = [CHROMIUM, *flags, f"file://{path}{hash}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return done.stdout
+    for _ in range(5):
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+        if drawn in dom:
+            break
+    return dom
 
 
 # ---------------------------------------------------------------------------------------- what it holds
@@ -218,7 +221,7 @@ def test_in_a_browser(tmp_path):
     kl = [0.1] * 2900 + [5.0] + [0.1] * 101
     shown = [response([*range(10)], problem=HOSTILE), response([*far, 8], False, kl)]
     page.write(tmp_path, SUMMARY, shown, words)
-    dom = after_load(tmp_path / "heatmap.html")
+    dom = after_load(tmp_path / "heatmap.html", 'h">\u5b57</span>')
     assert 'data-ready="yes"' in dom and "<title>Where the teacher disagrees</title>" in dom
     assert dom.count("&lt;/script&gt;&lt;script&gt;document.title") >= 3
     assert "data:image/png" in dom and "<img src=x" not in dom
@@ -226,6 +229,6 @@ def test_in_a_browser(tmp_path):
         assert sign in dom
     assert '<span class="k0 r6 h"></span>' in dom  # the second piece; 2 - .123 nats are 6 steps of .3
 
-    dom = after_load(tmp_path / "heatmap.html", "#r1t2900")
+    dom = after_load(tmp_path / "heatmap.html", "token 2901 of 3002", "#r1t2900")
     assert 'class="k10 r6 s now"> the</span>' in dom and "token 2901 of 3002" in dom
     assert dom.count('<span class="k0 r6 s"> the</span>') < 2900  # the blocks far away are plain text
