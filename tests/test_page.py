@@ -51,7 +51,7 @@ def embedded(path):
 
 
 def after_load(path, drawn, hash=""):
-    """The page's DOM as chromium has it, with `drawn`: on a busy machine it may be dumped before that is there."""
+    """The page's DOM as chromium has it, with `drawn`: on a busy machine it may be dumped before that."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom",
              "--window-size=1400,1400"]
     command = [CHROMIUM, *flags, f"file://{path}{hash}"]
