@@ -241,6 +241,7 @@ def main():
     import verify
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM
+
     parser = argparse.ArgumentParser(description="Does the teacher correct or copy? Where does it disagree?")
     add = parser.add_argument
     add("--student", required=True, help="folder of the model that generates")
@@ -260,12 +261,15 @@ def main():
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     load = lambda model: AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(ranks.device).eval()
     student, teacher = load(args.student), load(args.teacher)
+
     def read(model, before, y):  # the hidden states [T, H] that predict y, and the head [V, H]
         hidden = model.get_decoder()(torch.tensor([before + y], device=ranks.device)).last_hidden_state
         return hidden[0, len(before) - 1:-1], model.get_output_embeddings().weight
+
     def likely(hidden, head):  # at each row of hidden the five likeliest tokens: [[(id, probability)]]
         top = [matmul_fp32(rows, head.T).softmax(-1).topk(5) for rows in hidden.split(256)]
         return [list(zip(*row)) for p, ids in top for row in zip(ids.tolist(), p.tolist())]
+
     columns = ("kl", "logp_student", "logp_teacher", "copied", "contrast", "abs_contrast")
     summary, found, shown = {"kl": args.kl, "phrases": phrases}, {True: [], False: []}, []
     for row in tqdm(rows, desc="score", unit="response"):
@@ -279,6 +283,7 @@ def main():
         found[correct].append([*values.mean(1).tolist(), buckets(told.kl), buckets(contrast.abs())])
         if len(found[correct]) <= 10:
             shown.append((row, *values[:3].tolist(), likely(*p), likely(*q[correct])))
+
     print("y_init  " + " ".join(f"{name:>13s}" for name in ("responses", *columns)))
     for name, each in zip(("right", "wrong"), found.values()):  # means over responses of means over tokens
         means = [len(each)] + [torch.tensor(values).mean(0).tolist() for values in zip(*each)]
@@ -286,6 +291,7 @@ def main():
         print(f"{name:8s}" + " ".join(f"{value:13.5g}" for value in means[:7]))
     print("copied: share of tokens to which the teacher, having read y, gives over .99. contrast: log p(y_t)"
           "\ntold wrong minus told right; small beside logp_teacher - logp_student, the teacher only copies.")
+
     os.makedirs(args.out, exist_ok=True)
     verify.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1))
     try:

@@ -158,9 +158,10 @@ def fail(message):
     raise SystemExit(f"error: {message}")
 
 
-def write_atomically(path, text):
-    with open(path + ".tmp", "w") as f:
-        f.write(text)
+def write_atomically(path, content):
+    """Writes a file, text or bytes, at once or not at all."""
+    with open(path + ".tmp", "wb" if isinstance(content, bytes) else "w") as f:
+        f.write(content)
     os.replace(path + ".tmp", path)
 
 

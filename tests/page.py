@@ -11,6 +11,8 @@ import io
 import json
 import os
 
+import verify
+
 TOP = 30  # tokens in the list of the largest KL
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]  # byte-level BPE writes these as themselves,
 BYTE_OF = {chr(b): b for b in BYTES}
@@ -31,19 +33,12 @@ def write(out, summary, shown, tokenizer):
     except Exception as e:  # the numbers are written by now: no picture is no reason to fail
         print(f"buckets.png was not drawn: {e!r}")
     else:
-        replace(os.path.join(out, "buckets.png"), png.getvalue())
+        verify.write_atomically(os.path.join(out, "buckets.png"), png.getvalue())
     data = {**page_data(shown, tokenizer), "summary": summary,
             "picture": base64.b64encode(png.getvalue()).decode()}
     path = os.path.join(out, "heatmap.html")
-    replace(path, html(data).encode("ascii"))
+    verify.write_atomically(path, html(data))
     return f"see {path}"
-
-
-def replace(path, content):
-    """Writes a file at once or not at all."""
-    with open(path + ".tmp", "wb") as f:
-        f.write(content)
-    os.replace(path + ".tmp", path)
 
 
 def html(data):

@@ -22,6 +22,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import verify
+from verify import fail
+
 NAMES = {"base": "base", "rft": "RFT", "srt": "SRT", "sdzero": "SD-Zero"}
 COLOURS = dict(zip(NAMES, ("tab:gray", "tab:orange", "tab:green", "tab:blue")))
 # title of a panel: {field of metrics.jsonl: its label}
@@ -38,10 +42,6 @@ PANELS = {
 LINES = ("-", "--")  # of the fields of a panel, where the colour tells the run
 
 
-def fail(message):
-    sys.exit(f"error: {message}")
-
-
 # ---- rows of metrics.jsonl
 
 
@@ -51,14 +51,9 @@ def read_run(path):
     if not file.is_file():
         fail(f"{path}: no run of sft.py or distill.py ({file} is not there); give such a folder, or a metrics.jsonl")
     rows = {}
-    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
-        if not line.endswith(b"\n"):  # it is being written, or the run was killed there
-            continue
-        try:
-            row = json.loads(line)
-            rows[row["step"]] = row
-        except (ValueError, KeyError, TypeError):
-            fail(f"{file}:{number}: no row of a metrics.jsonl; give the folder of a run, or its metrics.jsonl")
+    for line, row in verify.read_jsonl(file, torn_ok=True):  # a row that is being written is left out
+        verify.need(row, file, line, step=int)
+        rows[row["step"]] = row
     if not rows:
         fail(f"{file} has no rows yet; draw it after the first step")
     rows = [rows[step] for step in sorted(rows)]
@@ -344,8 +339,7 @@ def write_page(path, out, title, table, text):
                  f'<iframe title="{escape(file.stem)}" sandbox="allow-scripts" srcdoc="{escape(file.read_text())}"></iframe></details>']
     head = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f"<title>{escape(title)}</title><style>{STYLE}</style>")
-    Path(f"{path}.tmp").write_text(head + "\n".join(body) + "</html>\n")
-    os.replace(f"{path}.tmp", path)
+    verify.write_atomically(path, head + "\n".join(body) + "</html>\n")
 
 
 def report(out):
@@ -392,5 +386,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     main()

@@ -355,6 +355,15 @@ def test_olmo_goes_through_all_phases(olmo, problems_file, tmp_path):
     assert verify.PHRASES["olmo"][0] in done.stdout and os.path.exists(tmp_path / "sdzero/final/model.safetensors")
 
 
+def test_kl_draws(qwen, collected, tmp_path):
+    run("kl.py", "--student", qwen, "--teacher", qwen, "--responses", f"{collected}/responses.jsonl", "--out", tmp_path,
+        "--max_responses", 6)
+    s = json.load(open(tmp_path / "summary.json"))
+    assert s["right"]["responses"] + s["wrong"]["responses"] == 6
+    assert sum(s["wrong"]["kl_by_bucket"]) == pytest.approx(1.0, abs=1e-4)
+    assert (tmp_path / "heatmap.html").read_text().count('"tokens":[') == 6 and os.path.getsize(tmp_path / "buckets.png") > 5000
+
+
 def test_judging_again(collected, problems_file, tmp_path):
     """verify.py --responses finds a verdict that was turned round, and only that."""
     rows = read(f"{collected}/responses.jsonl")

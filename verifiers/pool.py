@@ -155,4 +155,3 @@ class Workers:
     def close(self):
         for process in self.idle:
             self.stop(process)
-
