@@ -313,11 +313,11 @@ def serve(coroutines, waiting, judging, stopped, sampler, **how):
                 tokens += len(sample.ids)
                 if everything.done() or stopped():
                     break  # what is half-sampled is asked for again, with the same seeds
-            if judging:
-                runner.run(asyncio.wait(judging, return_when=asyncio.FIRST_COMPLETED))
+            if judging:  # a copy, here and below: `judging` may lose its last one before the wait begins
+                runner.run(asyncio.wait({*judging}, return_when=asyncio.FIRST_COMPLETED))
         runner.run(asyncio.sleep(0))
         while judging and not everything.done():  # what is sampled is judged and written
-            runner.run(asyncio.wait(judging))
+            runner.run(asyncio.wait({*judging}))
         everything.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             runner.run(asyncio.wait_for(everything, None))  # raises what broke one

@@ -1,8 +1,10 @@
 """The real scripts by their command lines, with tiny numbers: alone, with two processes, resumed, with Olmo 3, with vLLM."""
+import asyncio
 import importlib.util
 import json
 import os
 import shutil
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -127,6 +129,32 @@ def test_summary_of_rows_by_hand():
     assert s["revised_accuracy_of_wrong"] == pytest.approx(2 / 3) and s["revised_accuracy_of_right"] is None
     assert s["net_correction"] is None and (s["kept"], s["wrong_to_right"]) == (1, 1)  # not every y_init was revised
     assert s["dropped"] == {"y_revised no answer": 1, "over the target": 1, "no room to revise": 0}
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_a_verdict_that_comes_at_any_turn_of_the_loop(turns):
+    """Also between the look at `judging` and the wait for it, when what ends the verdict's wait is under way."""
+    waiting, judging, written = deque(), set(), []
+
+    async def respond():
+        sampled = asyncio.get_running_loop().create_future()
+        waiting.append(srt.Request(sampled, [1], 0))
+        await sampled
+        loop = asyncio.get_running_loop()
+        judged = loop.create_future()
+        judging.add(judged)
+        judged.add_done_callback(judging.discard)
+        come = lambda turns: loop.call_soon(come, turns - 1) if turns else judged.set_result(True)
+        come(turns)
+        written.append(await judged)
+
+    class Sampler:
+        def stream(self, pull):
+            while (request := pull()) is not None:
+                yield srt.Sample(request, [5, 6], [], False)
+
+    assert srt.serve([respond()], waiting, judging, lambda: False, Sampler()) == 2
+    assert written == [True] and not judging
 
 
 @pytest.mark.parametrize("terminal", [True, False])
