@@ -34,8 +34,9 @@ import torch.distributed as dist
 import sft
 import srt
 import verify
+from common import run
+from common.run import fail, natural, positive, share, within
 from kl import COPIED, KINDS, chunked_kl
-from verify import fail, natural, positive, share, within
 
 # flags that a run that goes on may change: none of them changes the objective or what a step is made of
 FREE = ("steps lr warmup weight_decay clip val_every save_every max_sync_gap stop_when_worse micro_tokens "
@@ -198,8 +199,8 @@ def warn(progress, args):
     if why and not progress["worse"]:
         progress["worse"] = why
         best = f" The best validation: {args.out}/best/step-{progress['best'][0][1]:06d}." if args.val else ""
-        verify.say(f"warning: step {progress['step']}: {why}. The teacher may only copy y (see kl.py): lower "
-                   f"--lr, or give SRT more wrong -> right tuples (docs/real.md).{best}")
+        run.say(f"warning: step {progress['step']}: {why}. The teacher may only copy y (see kl.py): lower "
+                f"--lr, or give SRT more wrong -> right tuples (docs/real.md).{best}")
     return bool(why) and args.stop_when_worse
 
 
@@ -296,7 +297,7 @@ def parse_args():
     add("--val_samples", type=natural, default=8, help="responses per validation problem")
     add("--save_every", type=natural, default=10, help="steps between states to go on from")
     sft.add_training_flags(parser)
-    args = verify.parse(parser)
+    args = run.parse(parser)
     if args.topk and args.kl == "jsd":
         parser.error("--topk cannot go with --kl jsd; use --topk 0, or another --kl")
     args.teacher = args.teacher or args.model
@@ -305,7 +306,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    ranks = verify.launch()
+    ranks = run.launch()
     tokenizer = verify.load_tokenizer(args.model)
     verify.same_vocabulary(args.model, tokenizer, args.teacher, verify.load_tokenizer(args.teacher))
     phrases = verify.phrases_of(args.teacher, args.phrases)
@@ -320,8 +321,8 @@ def main():
     longest = srt.check_lengths(args.model, prompts + val_prompts, args.max_tokens)
     srt.check_lengths(args.teacher, prompts, args.max_tokens)
     max_teacher_len = min(args.max_teacher_len, verify.context_length(args.teacher))
-    verify.open_out(args, ranks, FREE)
-    if verify.finished(args.out, "final", steps=args.steps):
+    run.open_out(args, ranks, FREE)
+    if run.finished(args.out, "final", steps=args.steps):
         judge.close()
         return dist.destroy_process_group()
     sft.resolve_defaults(args, ranks.device)
@@ -347,9 +348,9 @@ def main():
     saver = sft.Saver(args.out, args.save_every, ranks.device)
     sampler = srt.make_sampler(args.engine, args.model, tokenizer, longest + args.max_tokens, ranks.device,
                                args.dtype, args.vllm_memory)
-    verify.say(f"{len(problems)} problems ({sum(dropped.values())} dropped), {type(sampler).__name__}, "
-               f"phrases {' | '.join(phrases)}, KL {args.kl}{f' top {args.topk}' if args.topk else ''}, "
-               f"from step {progress['step']}")
+    run.say(f"{len(problems)} problems ({sum(dropped.values())} dropped), {type(sampler).__name__}, "
+            f"phrases {' | '.join(phrases)}, KL {args.kl}{f' top {args.topk}' if args.topk else ''}, "
+            f"from step {progress['step']}")
 
     def save(path):
         sft.save_model(path, student, tokenizer, phrases, args.dtype)
@@ -421,7 +422,7 @@ def main():
     if stop:
         goes_on = f": {progress['worse']}; it goes on without --stop_when_worse"
         why = goes_on if progress["worse"] and args.stop_when_worse else ""
-        verify.say(f"ended after {progress['step']} of {args.steps} steps{why}")
+        run.say(f"ended after {progress['step']} of {args.steps} steps{why}")
     else:
         sampler.load(sft.full_tensors(student, args.dtype))
         accuracy = check(args.steps) if args.val else {}
@@ -431,9 +432,9 @@ def main():
         save(os.path.join(args.out, "final"))
         summary = {**vars(args), "dtype": str(args.dtype), "phrases": phrases, **progress, **accuracy}
         if ranks.rank == 0:
-            verify.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1))
+            run.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1))
         best = f"; validation {accuracy['val_accuracy']:.3f}, best {progress['best']}" if args.val else ""
-        verify.say(f"saved {args.out}/final{best}")
+        run.say(f"saved {args.out}/final{best}")
     metrics.draw()
     srt.close(judge, sampler)
 

@@ -223,7 +223,7 @@ def buckets(values, n=20):
 
 def read_responses(path, most, vocabulary):
     """The y_init rows of a responses.jsonl, at most `most`, half of them right where there are as many."""
-    from verify import fail, need, read_jsonl
+    from common.run import fail, need, read_jsonl
     kinds = {True: {}, False: {}}
     for line, row in read_jsonl(path):
         if row.get("kind", "init") == "init":
@@ -238,9 +238,11 @@ def read_responses(path, most, vocabulary):
 
 @torch.no_grad()
 def main():
-    import verify
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM
+
+    import verify
+    from common import run
 
     parser = argparse.ArgumentParser(description="Does the teacher correct or copy? Where does it disagree?")
     add = parser.add_argument
@@ -249,9 +251,9 @@ def main():
     add("--responses", required=True, help="responses.jsonl of srt.py; its y_init are scored")
     add("--out", required=True, help="folder for heatmap.html, buckets.png and summary.json")
     add("--kl", choices=KINDS, default="reverse")
-    add("--max_responses", type=verify.natural, default=200, help="half of them right, if there are as many")
+    add("--max_responses", type=run.natural, default=200, help="half of them right, if there are as many")
     add("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
-    args, ranks = parser.parse_args(), verify.launch()
+    args, ranks = parser.parse_args(), run.launch()
     if ranks.rank:  # one is enough
         return torch.distributed.destroy_process_group()
     tokenizer = verify.load_tokenizer(args.teacher)
@@ -293,7 +295,7 @@ def main():
           "\ntold wrong minus told right; small beside logp_teacher - logp_student, the teacher only copies.")
 
     os.makedirs(args.out, exist_ok=True)
-    verify.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1))
+    run.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1))
     try:
         from tests import page  # a folder beside this file
         print(page.write(args.out, summary, shown, tokenizer))

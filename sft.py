@@ -49,8 +49,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import verify
+from common import run
+from common.run import fail, natural, positive, within
 from kl import chunked_ce
-from verify import fail, natural, positive, within
 
 # flags that a run that goes on may change: none of them moves a row to another step
 FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype checkpointing compile"
@@ -249,8 +250,8 @@ class Metrics:
         self.path = os.path.join(out, "metrics.jsonl") if dist.get_rank() == 0 else None
         self.steps, self.drawn = step, time.time()
         if self.path and os.path.exists(self.path):
-            old = [row for _, row in verify.read_jsonl(self.path, torn_ok=True) if row["step"] < step]
-            verify.write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in old))
+            old = [row for _, row in run.read_jsonl(self.path, torn_ok=True) if row["step"] < step]
+            run.write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in old))
 
     def report(self, title, row):
         """Adds speed and memory to a row, writes it, and prints the line of this step, title first."""
@@ -324,7 +325,7 @@ class Saver:
         if dist.get_rank() == 0:
             for half in self.folder.glob("*.tmp"):  # a killed run has left it
                 shutil.rmtree(half)
-        self.caught, self.group = verify.catch_signals(), dist.new_group(backend="gloo")
+        self.caught, self.group = run.catch_signals(), dist.new_group(backend="gloo")
         self.thread, self.writing, self.copies = ThreadPoolExecutor(1), None, {}
 
     def after_step(self, step, tensors, progress, last=False):
@@ -338,7 +339,7 @@ class Saver:
             self.save(step, tensors(), progress)
         if stop:
             self.wait()
-            verify.say(f"stopped by a signal after step {step}; saved: the same command goes on from there")
+            run.say(f"stopped by a signal after step {step}; saved: the same command goes on from there")
         return bool(stop)
 
     def save(self, step, tensors, progress):
@@ -459,13 +460,13 @@ def read_rows(path, objective, tokenizer, phrases, max_len, no_clean, counts):
     """The rows to train on, cleaned, each once. Counts what was cleaned, and why others were dropped."""
     names = ["y_init"] if objective == "rft" else ["y_init", "y_revised"]  # the last must be right
     tokens, rows = {f"{name}_tokens": list for name in names}, {}  # rows: by their ids
-    for line, row in verify.read_jsonl(path):
+    for line, row in run.read_jsonl(path):
         if "kind" in row and objective != "rft":
             fail(f"{path}:{line}: a row of responses.jsonl; --objective {objective} wants d_revision.jsonl")
         if row.get("kind") == "revision":
             continue  # rft: each y_init has a row of its own
         counts["rows read"] += 1
-        verify.need(row, path, line, id=str, problem=str, **tokens, y_init_correct=bool)
+        run.need(row, path, line, id=str, problem=str, **tokens, y_init_correct=bool)
         p_r = phrases[row["y_init_correct"]]
         if row.get("p_r") not in (None, p_r):
             fail(f"{path}:{line}: P_r is {row['p_r']!r}, not {p_r!r}; give the --phrases that srt.py had")
@@ -543,15 +544,15 @@ def parse_args():
     add("--save_every", type=natural, default=100, help="steps between states to go on from")
     add("--no_clean", action="store_true", help="leave repeating tails and flattering openings")
     add_training_flags(parser)
-    return verify.parse(parser)
+    return run.parse(parser)
 
 
 def resolve_defaults(args, device):
     """Makes args.dtype torch's, and says what the defaults have become on this device."""
     args.dtype = getattr(torch, args.dtype)
     args.checkpointing, args.compile = bool(args.checkpointing), bool(args.compile)
-    verify.say(f"{dist.get_world_size()} rank(s) on {device.type}: {args.dtype}, "
-               f"checkpointing {args.checkpointing}, compile {args.compile}")
+    run.say(f"{dist.get_world_size()} rank(s) on {device.type}: {args.dtype}, "
+            f"checkpointing {args.checkpointing}, compile {args.compile}")
 
 
 def step_examples(examples, step, size, seed):
@@ -589,18 +590,18 @@ def cosine(step, steps):
 
 def main():
     args = parse_args()
-    ranks = verify.launch()
+    ranks = run.launch()
     tokenizer = verify.load_tokenizer(args.model)
     phrases = verify.phrases_of(args.model, args.phrases)
     max_len = min(args.max_len, verify.context_length(args.model))
     stages, counts = read_examples(args.data, args.objective, args.stage2_size, tokenizer, phrases, max_len,
                                    args.seed, args.no_clean)
-    verify.say(f"phrases {'|'.join(phrases)}; " + ", ".join(f"{name} {n}" for name, n in counts.items()))
+    run.say(f"phrases {'|'.join(phrases)}; " + ", ".join(f"{name} {n}" for name, n in counts.items()))
     if args.objective != "rft" and counts["wrong -> right"] < FEW:
-        verify.say(f"warning: {counts['wrong -> right']} tuples after a wrong y_init; with 270 and fewer the "
-                   "teacher of phase 2 only copied (docs/real.md): collect more, or from a stronger model")
-    verify.open_out(args, ranks, FREE)
-    if verify.finished(args.out, "final"):
+        run.say(f"warning: {counts['wrong -> right']} tuples after a wrong y_init; with 270 and fewer the "
+                "teacher of phase 2 only copied (docs/real.md): collect more, or from a stronger model")
+    run.open_out(args, ranks, FREE)
+    if run.finished(args.out, "final"):
         return dist.destroy_process_group()
     resolve_defaults(args, ranks.device)
     model = load_model(args.model, ranks, make_mesh(ranks), args.dtype, checkpointing=args.checkpointing,
@@ -643,9 +644,9 @@ def main():
         metrics.report(f"stage {stage + 1} step {step + 1}/{steps[stage]}  loss {loss:.4f}{says}", row)
         last = number + 1 == len(plan)
         if last and p_r < UNSAID and args.objective not in ("rft", "revision"):
-            verify.say(f"warning: after y_init the model goes on with P_r with a probability of {p_r:.2g}: "
-                       "it will not revise by itself. Too much of stage 2 does that: lower --stage2_size, "
-                       "or give --objective sum (docs/real.md)")
+            run.say(f"warning: after y_init the model goes on with P_r with a probability of {p_r:.2g}: "
+                    "it will not revise by itself. Too much of stage 2 does that: lower --stage2_size, "
+                    "or give --objective sum (docs/real.md)")
         if saver.after_step(number + 1, lambda: training_state(model, optimizer), {"step": number + 1}, last):
             return dist.destroy_process_group()
 
@@ -654,9 +655,9 @@ def main():
     if ranks.rank == 0:
         summary = {"counts": counts, "steps": len(plan), **vars(args), "dtype": str(args.dtype),
                    "phrases": phrases}
-        verify.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1))
+        run.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1))
     metrics.draw()
-    verify.say(f"saved {args.out}/final")
+    run.say(f"saved {args.out}/final")
     dist.destroy_process_group()
 
 

@@ -38,7 +38,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import verify
-from verify import fail, natural, positive, share, within
+from common import run
+from common.run import fail, natural, positive, share, within
 
 # flags that a run that goes on may change: they decide neither what is asked nor how it is sampled
 FREE = "target engine dtype vllm_memory judge_seconds unsafe_no_sandbox"
@@ -341,10 +342,10 @@ def read_rows(out):
     rows = {}
     for path in glob.glob("responses*.jsonl", root_dir=out):
         path = os.path.join(out, path)
-        for line, row in verify.read_jsonl(path, torn_ok=True):
+        for line, row in run.read_jsonl(path, torn_ok=True):
             if "kind" not in row:
                 fail(f"{path}:{line}: written by an earlier version; give another --out, or --fresh")
-            verify.need(row, path, line, kind=str, id=str, sample=int)
+            run.need(row, path, line, kind=str, id=str, sample=int)
             rows[row_key(row)] = row
     return rows
 
@@ -362,7 +363,7 @@ def merge(out, problems):
 
 
 def write_rows(path, rows):
-    verify.write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    run.write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def tuples(rows):
@@ -467,7 +468,7 @@ def parse_args():
     add("--judge_seconds", type=positive, default=5.0, help="of a verdict; for code, a test")
     add("--unsafe_no_sandbox", action="store_true", help=verify.UNSAFE)
     add("--fresh", action="store_true", help="start over; an old --out is renamed")
-    args = verify.parse(parser)
+    args = run.parse(parser)
     if args.num_revisions is None:
         args.num_revisions = 0 if args.eval else 3
     if args.eval:
@@ -477,22 +478,22 @@ def parse_args():
 
 def main():
     args = parse_args()
-    ranks = verify.launch()
+    ranks = run.launch()
     tokenizer = verify.load_tokenizer(args.model)
     phrases = verify.phrases_of(args.model, args.phrases)
     judge = verify.Judge(args.mode, limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox)
     problems, dropped = verify.load_problems(args.data, judge, args.range_, args.max_problems)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     longest = check_lengths(args.model, prompts, args.max_tokens)
-    verify.open_out(args, ranks, FREE)
-    if verify.finished(args.out, "responses.jsonl", target=args.target):
+    run.open_out(args, ranks, FREE)
+    if run.finished(args.out, "responses.jsonl", target=args.target):
         judge.close()
         return dist.destroy_process_group()
     dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     max_len = longest + (2 if args.num_revisions else 1) * args.max_tokens + 64
     sampler = make_sampler(args.engine, args.model, tokenizer, max_len, ranks.device, dtype, args.vllm_memory)
-    verify.say(f"{len(problems)} problems ({sum(dropped.values())} dropped), {ranks.world} rank(s) on "
-               f"{ranks.device.type}, {type(sampler).__name__} {dtype}, P_r {'|'.join(phrases)}")
+    run.say(f"{len(problems)} problems ({sum(dropped.values())} dropped), {ranks.world} rank(s) on "
+            f"{ranks.device.type}, {type(sampler).__name__} {dtype}, P_r {'|'.join(phrases)}")
 
     if ranks.rank == 0:  # a killed run may have left half a line
         merge(args.out, problems)
@@ -552,7 +553,7 @@ def main():
         progress.judged(y, row, len(sample.ids))
         return row
 
-    caught, started = verify.catch_signals(), time.time()
+    caught, started = run.catch_signals(), time.time()
     workers = [work() for _ in range(min(sampler.max_seqs, math.ceil(len(problems) / ranks.world)))]
     tokens = serve(workers, waiting, judging, stopped, sampler, max_tokens=args.max_tokens,
                    temperature=args.temperature, top_p=args.top_p, logprobs=False)
@@ -563,7 +564,7 @@ def main():
     dist.all_gather_object(tokens_of, tokens)
 
     if stopped():
-        verify.say(f"stopped by a signal: what is judged is in {args.out}; the same command goes on there")
+        run.say(f"stopped by a signal: what is judged is in {args.out}; the same command goes on there")
     elif ranks.rank == 0:
         rows, kept = merge(args.out, problems), None
         if not args.eval:
@@ -573,7 +574,7 @@ def main():
                  "tokens_per_second": round(sum(tokens_of) / seconds, 1), "tokens_per_rank": tokens_of}
         summary = {**vars(args), "engine": type(sampler).__name__, "phrases": phrases,
                    "problems_dropped": dict(dropped), **found}
-        verify.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1) + "\n")
+        run.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1) + "\n")
         for name, value in found.items():
             print(f"{name:28s} {round(value, 4) if isinstance(value, float) else value}")
         if not args.eval and args.num_revisions:

@@ -16,175 +16,18 @@ prompt, one place where P_r meets tokens, and ids are never decoded and encoded 
 """
 import argparse
 import contextlib
-import fcntl
-import hashlib
 import itertools
 import json
 import os
 import re
-import signal
 import sys
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from common.run import fail, need, positive, read_jsonl, say
 from verifiers.pool import Workers, load_verifier, worker
-
-# --------------------------------------------------------------------------------------- ranks and folders
-
-
-class Ranks(NamedTuple):
-    rank: int
-    world: int
-    device: object  # torch.device of this rank
-    store: object  # a key-value store that all ranks share
-
-
-def launch():
-    """Joins the process group of torchrun, or makes one of this process alone; returns its Ranks."""
-    import torch
-    import torch.distributed as dist
-    import transformers
-    transformers.utils.logging.disable_progress_bar()  # of loading weights: it would break the step lines
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("group", store),
-                            rank=rank, world_size=world)
-    shown = sys.excepthook  # torch's by now: a traceback with the rank before each line
-
-    def excepthook(kind, error, trace):
-        line = mendable(error)
-        print(f"error: {line}", file=sys.stderr, flush=True) if line else shown(kind, error, trace)
-
-    sys.excepthook = excepthook
-    return Ranks(rank, world, device, dist.PrefixStore("shared", store))
-
-
-def mendable(error):
-    """A line on an uncaught error that a user can mend (full disk, broken file, out of memory), else None."""
-    import torch
-    from safetensors import SafetensorError
-    from torch.distributed.checkpoint.api import CheckpointException
-    if isinstance(error, CheckpointException):  # what broke it, on whichever rank
-        error = next(iter(error.failures.values()))[0]
-    text = str(error).partition("\n")[0]
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"{text}; lower --micro_tokens (training) or --vllm_memory (sampling), and start it again"
-    if isinstance(error, (OSError, SafetensorError)) or "inline_container.cc" in text:  # of torch.save
-        return f"{text}; mend this (is the disk full?): nothing whole is lost, and the same command goes on"
-
-
-def catch_signals():
-    """From here on SIGTERM and SIGINT only fill the list that this returns: the caller stops where it can."""
-    caught = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: caught.append(signal.Signals(number).name))
-    return caught
-
-
-def open_out(args, ranks, free):
-    """
-    Makes --out, with the flags of the run and a hash of the verifier's source in its flags.json. Flags that
-    differ from those of a run that is in it are named; the program ends if one is not among `free` (a string
-    of names). One that an older flags.json lacks had its default.
-    """
-    import torch.distributed as dist
-    defaults = vars(args).pop("defaults")
-    if ranks.rank == 0:
-        os.makedirs(args.out, exist_ok=True)
-        hold(args.out)
-        if args.fresh and os.listdir(args.out):
-            old = f"{args.out.rstrip('/')}.old-{time.strftime('%Y%m%d-%H%M%S')}"
-            os.rename(args.out, old)
-            print(f"--fresh: {args.out} is now {old}")
-            os.makedirs(args.out)
-            hold(args.out)
-        flags = {name.rstrip("_"): value for name, value in vars(args).items()}
-        del flags["out"], flags["fresh"]
-        if "mode" in flags:
-            with open(load_verifier(args.mode).__file__, "rb") as f:
-                flags["verifier"] = hashlib.sha256(f.read()).hexdigest()[:12]
-        path = os.path.join(args.out, "flags.json")
-        begun = os.path.exists(path) and os.listdir(args.out) != ["flags.json"]
-        before = {**flags, **defaults, **json.load(open(path))} if begun else flags
-        changed = [name for name in flags if before[name] != flags[name]]
-        text = ", ".join(f"--{name} {before[name]} -> {flags[name]}" for name in changed)
-        text = text.replace("--verifier", "the verifier's source (its hash)")
-        if set(changed) - set(free.split()):
-            fail(f"--out {args.out} was made with other flags: {text}; give the old ones, another --out, or "
-                 "--fresh, which renames the old folder and starts over")
-        if changed:
-            print(f"flags changed since this run began: {text}", flush=True)
-        write_atomically(path, json.dumps(flags, indent=1) + "\n")
-    dist.barrier()
-
-
-def hold(folder):
-    """Keeps other runs out of a folder while this process lives. One just killed is given 5 s to go."""
-    handle = os.open(folder, os.O_RDONLY)  # never closed
-    for _ in range(50):
-        try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.1)
-        except OSError:  # a file system without locks
-            return
-    fail(f"--out {folder}: another run is at work there; wait for it, stop it, or give another --out")
-
-
-def finished(out, product, **wanted):
-    """True, and says so, if a run has ended here: summary.json, which it writes last, has these values."""
-    summary, product = (os.path.join(out, name) for name in ("summary.json", product))
-    there = os.path.exists(summary) and os.path.exists(product)
-    ended = there and wanted.items() <= json.load(open(summary)).items()
-    if ended:
-        say(f"{product} is there already: nothing to do (--fresh starts over)")
-    return ended
-
-
-def say(message):
-    """Prints on one rank, also before there is a process group."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
-
-
-def fail(message):
-    """Bad input: ends the program with one line that says what was found and what to do."""
-    raise SystemExit(f"error: {message}")
-
-
-def write_atomically(path, content):
-    """Writes a file, text or bytes, at once or not at all."""
-    with open(path + ".tmp", "wb" if isinstance(content, bytes) else "w") as f:
-        f.write(content)
-    os.replace(path + ".tmp", path)
-
-
-def parse(parser):
-    """The flags of the command line; args.defaults: what they are if not given, which open_out takes away."""
-    args = parser.parse_args()
-    args.defaults = {name.rstrip("_"): parser.get_default(name) for name in vars(args)}
-    return args
-
-
-def within(kind, low, high=sys.maxsize, above=False):
-    """An argparse type: a number within [low, high], or with `above` in (low, high]."""
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high or (above and value == low):  # nan neither
-            most = f" and at most {high}" if high < sys.maxsize else ""
-            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}{most}")
-        return value
-    number.__name__ = kind.__name__  # argparse says "invalid int value" where it is none
-    return number
-
-
-natural, positive, share = within(int, 1), within(float, 0, above=True), within(float, 0, 1, above=True)
 
 # ------------------------------------------------------------------------------------------------ problems
 
@@ -202,31 +45,6 @@ class Problem:
     def of_row(row):
         """The problem of a row of responses.jsonl (kind "init") or d_revision.jsonl."""
         return Problem(str(row["id"]), row["problem"], row.get("answer"), row.get("mode", "math"))
-
-
-def read_jsonl(path, torn_ok=False):
-    """Yields (line number, row) of a .jsonl file. torn_ok: skips half a last line, left by a killed run."""
-    if not os.path.isfile(path):
-        fail(f"{path} is not there, or no file; a .jsonl file is wanted")
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip() or (torn_ok and not line.endswith(b"\n")):
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as e:
-                fail(f"{path}:{number}: not JSON in UTF-8 ({e}); mend or remove this line")
-            if not isinstance(row, dict):
-                fail(f"{path}:{number}: a JSON object is wanted, found {type(row).__name__}")
-            yield number, row
-
-
-def need(row, path, line, **fields):
-    """Ends the program, naming file, line and field, where a row has not these fields with these types."""
-    for name, kind in fields.items():
-        if not isinstance(row.get(name), kind):
-            found = f"found {type(row[name]).__name__}" if name in row else "it is missing"
-            fail(f"{path}:{line}: field '{name}' should be {kind.__name__}, {found}")
 
 
 def load_rows(data):

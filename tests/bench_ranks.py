@@ -19,7 +19,7 @@ from bench_step import make_shape
 from conftest import read, run
 
 import sft
-import verify
+from common.run import launch
 from kl import chunked_ce
 
 CUDA = torch.cuda.is_available()
@@ -28,7 +28,7 @@ SHAPE = "4B" if CUDA else "tiny"
 
 def fixed_batch(model_folder):
     """Prints loss and gradient norm of eight rows of 512 tokens, whatever the ranks; run by each rank."""
-    ranks = verify.launch()
+    ranks = launch()
     model = sft.load_model(model_folder, ranks, sft.make_mesh(ranks), torch.bfloat16 if CUDA else torch.float32, checkpointing=True)
     rows = torch.randint(4, model.config.vocab_size, (8, 512), generator=torch.Generator().manual_seed(7)).tolist()
     batch = sft.make_batch(rows[ranks.rank::ranks.world], ranks.device)

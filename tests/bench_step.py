@@ -68,6 +68,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import sft
 import srt
 import verify
+from common.run import launch
 from kl import chunked_ce
 
 SHAPES = {"tiny": (64, 128, 2, 4, 2, 16, 512), "0.6B": (1024, 3072, 28, 16, 8, 128, 151936), "1.7B": (2048, 6144, 28, 16, 8, 128, 151936),
@@ -410,7 +411,7 @@ def main():
         return compare_with_trl(args.model, args.shape)
     if args.child:
         return {"ours": ours_child, "TRL": trl_child}[args.child](args.model)
-    ranks = verify.launch()
+    ranks = launch()
     if args.memory:
         memory_table(ranks)
         return dist.destroy_process_group()

@@ -138,7 +138,7 @@ def d_revision(qwen, problems_file, tmp_path_factory):
 def ranks():
     """A process group of this process alone, as `python x.py` has it; ends with the module, for tests that fork."""
     import torch.distributed as dist
-    import verify
-    yield verify.launch()
+    from common.run import launch
+    yield launch()
     if dist.is_initialized():
         dist.destroy_process_group()

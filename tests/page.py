@@ -11,7 +11,7 @@ import io
 import json
 import os
 
-import verify
+from common import run
 
 TOP = 30  # tokens in the list of the largest KL
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]  # byte-level BPE writes these as themselves,
@@ -33,11 +33,11 @@ def write(out, summary, shown, tokenizer):
     except Exception as e:  # the numbers are written by now: no picture is no reason to fail
         print(f"buckets.png was not drawn: {e!r}")
     else:
-        verify.write_atomically(os.path.join(out, "buckets.png"), png.getvalue())
+        run.write_atomically(os.path.join(out, "buckets.png"), png.getvalue())
     data = {**page_data(shown, tokenizer), "summary": summary,
             "picture": base64.b64encode(png.getvalue()).decode()}
     path = os.path.join(out, "heatmap.html")
-    verify.write_atomically(path, html(data))
+    run.write_atomically(path, html(data))
     return f"see {path}"
 
 

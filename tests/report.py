@@ -23,8 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import verify
-from verify import fail
+from common.run import fail, need, read_jsonl, write_atomically
 
 NAMES = {"base": "base", "rft": "RFT", "srt": "SRT", "sdzero": "SD-Zero"}
 COLOURS = dict(zip(NAMES, ("tab:gray", "tab:orange", "tab:green", "tab:blue")))
@@ -51,8 +50,8 @@ def read_run(path):
     if not file.is_file():
         fail(f"{path}: no run of sft.py or distill.py ({file} is not there); give such a folder, or a metrics.jsonl")
     rows = {}
-    for line, row in verify.read_jsonl(file, torn_ok=True):  # a row that is being written is left out
-        verify.need(row, file, line, step=int)
+    for line, row in read_jsonl(file, torn_ok=True):  # a row that is being written is left out
+        need(row, file, line, step=int)
         rows[row["step"]] = row
     if not rows:
         fail(f"{file} has no rows yet; draw it after the first step")
@@ -339,7 +338,7 @@ def write_page(path, out, title, table, text):
                  f'<iframe title="{escape(file.stem)}" sandbox="allow-scripts" srcdoc="{escape(file.read_text())}"></iframe></details>']
     head = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f"<title>{escape(title)}</title><style>{STYLE}</style>")
-    verify.write_atomically(path, head + "\n".join(body) + "</html>\n")
+    write_atomically(path, head + "\n".join(body) + "</html>\n")
 
 
 def report(out):

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ["verify.py", "srt.py", "sft.py", "kl.py", "distill.py"]
-SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("verifiers/*.py"), *ROOT.glob("tests/*.py"), ROOT / "Makefile"]
+FOLDERS = (".", "common", "verifiers", "tests")
+SOURCES = [*(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py")), ROOT / "Makefile"]
 TEXT = "\n".join(path.read_text() for path in SOURCES if path.name != "test_docs.py")
 WORDS = set(re.findall(r"\w+", TEXT))
 # of torchrun

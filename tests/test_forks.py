@@ -35,7 +35,8 @@ def judge(gold, response, limits):
 
 def apply(name, folder):
     """The project with one fork applied, or for "plain" as it is; returns the folder."""
-    shutil.copytree(REPO / "verifiers", folder / "verifiers")
+    for package in ("common", "verifiers"):
+        shutil.copytree(REPO / package, folder / package)
     for path in REPO.glob("*.py"):
         shutil.copy(path, folder)
     if name != "plain":  # as a user would; not in a repository that may lie around the folder
@@ -46,7 +47,8 @@ def apply(name, folder):
 
 def modules_of(folder):
     """distill, kl and verify of a copy, beside those of the project."""
-    names = "distill", "kl", "sft", "srt", "verify", "verifiers", "verifiers.pool"
+    scripts = "distill", "kl", "sft", "srt", "verify"
+    names = [name for name in sys.modules if name in scripts or name.split(".")[0] in ("common", "verifiers")]
     ours = {name: sys.modules.pop(name) for name in names}
     sys.path.insert(0, str(folder))
     try:

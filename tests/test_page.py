@@ -196,7 +196,8 @@ def test_kl_says_whether_the_phrase_is_heard(guesser, responses, tmp_path):
 def test_without_the_tests_folder(guesser, responses, tmp_path):
     """kl.py and what it imports, alone in a folder: the table, summary.json, a line instead of the page."""
     alone = tmp_path / "alone"
-    shutil.copytree(REPO / "verifiers", alone / "verifiers")
+    for folder in ("common", "verifiers"):
+        shutil.copytree(REPO / folder, alone / folder)
     for name in ("kl.py", "verify.py"):
         shutil.copy(REPO / name, alone)
     args = ["--student", guesser, "--teacher", guesser, "--responses", responses, "--out", tmp_path / "out"]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import srt
 import verify
+from common.run import Ranks
 
 HAVE_VLLM = importlib.util.find_spec("vllm") is not None
 SRT = ["--max_tokens", 40, "--engine", "hf", "--num_revisions", 2]
@@ -163,7 +164,7 @@ def test_the_line_of_progress(terminal, monkeypatch, capsys):
     counts, now = {"taken": 9_000, "kept": 5_432}, [1_000_000.0]
     monkeypatch.setattr(srt.time, "time", lambda: now[0])
     monkeypatch.setattr(srt.sys.stderr, "isatty", lambda: terminal)
-    ranks = verify.Ranks(0, 8, "cpu", SimpleNamespace(add=lambda name, n: counts[name]))
+    ranks = Ranks(0, 8, "cpu", SimpleNamespace(add=lambda name, n: counts[name]))
     progress = srt.Progress(ranks, 10_000, 6_000)
     for second in range(7_200):
         now[0] += 1

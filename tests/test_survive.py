@@ -20,6 +20,7 @@ from conftest import REPO, make_rows, read, seconds_of_children
 import sft
 import srt
 import verify
+from common.run import launch, mendable
 
 
 @pytest.fixture(scope="module")
@@ -213,9 +214,9 @@ def one_error(err):
 def test_a_failing_rank_ends_all(inputs, tmp_path):
     """Under torchrun: rank 1 fails while rank 0 waits for it; all end within a minute, with the message of rank 1."""
     script = tmp_path / "broken.py"
-    script.write_text(f"import sys; sys.path[:0] = [{str(REPO)!r}]\nimport os, sft, verify\nreal = sft.optimizer_step\n"
+    script.write_text(f"import sys; sys.path[:0] = [{str(REPO)!r}]\nimport os, sft\nfrom common.run import fail\nreal = sft.optimizer_step\n"
                       "def broken(*args):\n    if os.environ['RANK'] == '1':\n"
-                      "        verify.fail('rank 1 cannot go on')\n"
+                      "        fail('rank 1 cannot go on')\n"
                       "    return real(*args)\nsft.optimizer_step = broken\nsft.main()\n")
     began = time.time()
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script,
@@ -261,7 +262,7 @@ def test_a_read_only_disk(inputs, tmp_path):
 def test_a_write_that_fails_on_one_rank_is_raised_on_all(where, broken_rank, tmp_path):
     """After the same step, so that none waits for another; the state before it stays."""
     def steps():
-        ranks = verify.launch()
+        ranks = launch()
         saver = sft.Saver(str(tmp_path / "o[1]"), 2, ranks.device)
         broken = lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
         for step in range(1, 200):
@@ -274,7 +275,7 @@ def test_a_write_that_fails_on_one_rank_is_raised_on_all(where, broken_rank, tmp
             try:
                 saver.after_step(step, lambda: {"a": torch.full((4,), float(step))}, {"step": step})
             except BaseException as error:  # CheckpointException is no Exception
-                (tmp_path / f"rank{ranks.rank}").write_text(f"{step} {verify.mendable(error)}")
+                (tmp_path / f"rank{ranks.rank}").write_text(f"{step} {mendable(error)}")
                 return
             time.sleep(0.02 * (1 + ranks.rank))
 
@@ -336,7 +337,7 @@ def test_memory_and_nan(script, inputs, whole, tmp_path):
 
 def nodes_worker(model, problems_file, out):
     import test_train
-    ranks = verify.launch()
+    ranks = launch()
     mesh = sft.make_mesh(ranks)
     rows = test_train.sampled_rows(verify.load_tokenizer(model), "qwen", problems_file)[:8]
     split = [[0], [1, 2, 3], [], [4, 5, 6, 7]][ranks.rank] if ranks.world > 1 else range(8)

@@ -17,6 +17,7 @@ import distill
 import sft
 import srt
 import verify
+from common.run import launch
 
 
 @pytest.fixture(params=["qwen", "olmo"])
@@ -241,7 +242,7 @@ def test_step_against_autograd(ranks, qwen, problems_file):
 
 def two_process_worker(qwen, problems_file, out):
     """Runs under torchrun with 2 processes (see the test below); each split on the same two ranks."""
-    ranks = verify.launch()
+    ranks = launch()
     rows = sampled_rows(verify.load_tokenizer(qwen), "qwen", problems_file)[:8]
     result = {name: step_of(ranks, qwen, rows, split[ranks.rank], budget)
               for name, split in SPLITS.items() for budget in (150,)}
@@ -311,7 +312,7 @@ def test_state_goes_on_bitwise(ranks, qwen, tmp_path, problems_file, monkeypatch
 
     one = fresh()
     step(*one)
-    monkeypatch.setattr(verify, "catch_signals", list)  # pytest keeps its own
+    monkeypatch.setattr("common.run.catch_signals", list)  # pytest keeps its own
     saver = sft.Saver(str(tmp_path), 1, ranks.device)
     saver.save(1, sft.training_state(*one), {"step": 1})
     step(*one)  # while the state is being written

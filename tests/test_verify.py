@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import verify  # noqa: E402
+from common import run  # noqa: E402
 from conftest import seconds_of_children  # noqa: E402
 
 
@@ -260,7 +261,7 @@ def test_p_r_is_what_the_texts_say(qwen):
 
 
 def open_out(out, ranks, monkeypatch, *given, flags={"--lr": 0.5, "--kl": "reverse"}, mode=None):
-    """verify.open_out after a command line of these flags with their defaults; returns what is then in flags.json."""
+    """run.open_out after a command line of these flags with their defaults; returns what is then in flags.json."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", default=str(out))
     parser.add_argument("--fresh", action="store_true")
@@ -269,9 +270,9 @@ def open_out(out, ranks, monkeypatch, *given, flags={"--lr": 0.5, "--kl": "rever
     if mode:
         parser.add_argument("--mode", default=mode)
     monkeypatch.setattr(sys, "argv", ["x.py", *given])
-    monkeypatch.setattr(verify, "hold", lambda folder: None)
-    args = verify.parse(parser)
-    verify.open_out(args, ranks, "lr")
+    monkeypatch.setattr(run, "hold", lambda folder: None)
+    args = run.parse(parser)
+    run.open_out(args, ranks, "lr")
     (out / "rows").touch()
     assert "defaults" not in vars(args)
     return json.loads((out / "flags.json").read_text())
