@@ -32,10 +32,10 @@ import torch
 import torch.distributed as dist
 
 import sft
-import srt
 import verify
 from common import run
 from common.run import fail, natural, positive, share, within
+from common.sampler import check_lengths, close, engine_name, hand_out, make_sampler, request_seed
 from kl import COPIED, KINDS, chunked_kl
 
 # flags that a run that goes on may change: none of them changes the objective or what a step is made of
@@ -132,7 +132,7 @@ def sum_over_ranks(ranks, **numbers):
 def sample_and_judge(sampler, judge, tokenizer, problems, prompts, seeds, args):
     """One y per problem, and the future of its verdict: judging goes on while others are being sampled."""
     samples, verdicts = [None] * len(prompts), [None] * len(prompts)
-    for sample in sampler.stream(srt.hand_out(prompts, seeds), max_tokens=args.max_tokens,
+    for sample in sampler.stream(hand_out(prompts, seeds), max_tokens=args.max_tokens,
                                  temperature=args.temperature, top_p=args.top_p):
         i = sample.request.key
         samples[i] = sample
@@ -143,7 +143,7 @@ def sample_and_judge(sampler, judge, tokenizer, problems, prompts, seeds, args):
 def validate(sampler, judge, tokenizer, problems, prompts, args, ranks):
     """avg@k over the validation problems (k = --val_samples), all ranks sharing the work."""
     mine = [(i, k) for i in range(len(problems)) for k in range(args.val_samples)][ranks.rank::ranks.world]
-    seeds = [srt.request_seed(args.seed, "val", problems[i].id, k) for i, k in mine]
+    seeds = [request_seed(args.seed, "val", problems[i].id, k) for i, k in mine]
     _, verdicts = sample_and_judge(sampler, judge, tokenizer, [problems[i] for i, _ in mine],
                                    [prompts[i] for i, _ in mine], seeds, args)
     right = sum_over_ranks(ranks, right=sum(v.result().correct for v in verdicts))["right"]
@@ -283,7 +283,7 @@ def parse_args():
     add("--max_teacher_len", type=natural, default=32768, help="of x, y, P_r, y: both y are cut to fit")
     add("--temperature", type=positive, default=1.0)
     add("--top_p", type=share, default=1.0)
-    add("--engine", type=srt.engine_name, choices=("vllm", "hf"), help="default: vllm where it is installed")
+    add("--engine", type=engine_name, choices=("vllm", "hf"), help="default: vllm where it is installed")
     add("--vllm_memory", type=share, default=0.3, help="share of the GPU's memory for vLLM")
     add("--judge_seconds", type=positive, default=5.0, help="limit of one verdict; for code, of one test")
     add("--unsafe_no_sandbox", action="store_true", help=verify.UNSAFE)
@@ -318,8 +318,8 @@ def main():
     if args.batch > len(problems):
         fail(f"--batch {args.batch}: --data gives {len(problems)} problems, and a step takes different ones; "
              "lower it")
-    longest = srt.check_lengths(args.model, prompts + val_prompts, args.max_tokens)
-    srt.check_lengths(args.teacher, prompts, args.max_tokens)
+    longest = check_lengths(args.model, prompts + val_prompts, args.max_tokens)
+    check_lengths(args.teacher, prompts, args.max_tokens)
     max_teacher_len = min(args.max_teacher_len, verify.context_length(args.teacher))
     run.open_out(args, ranks, FREE)
     if run.finished(args.out, "final", steps=args.steps):
@@ -346,8 +346,8 @@ def main():
     teacher_head = whole_head(teacher, args.dtype)
     metrics = sft.Metrics(args.out, progress["step"])
     saver = sft.Saver(args.out, args.save_every, ranks.device)
-    sampler = srt.make_sampler(args.engine, args.model, tokenizer, longest + args.max_tokens, ranks.device,
-                               args.dtype, args.vllm_memory)
+    sampler = make_sampler(args.engine, args.model, tokenizer, longest + args.max_tokens, ranks.device,
+                           args.dtype, args.vllm_memory)
     run.say(f"{len(problems)} problems ({sum(dropped.values())} dropped), {type(sampler).__name__}, "
             f"phrases {' | '.join(phrases)}, KL {args.kl}{f' top {args.topk}' if args.topk else ''}, "
             f"from step {progress['step']}")
@@ -376,7 +376,7 @@ def main():
         numbers = step_problems(step, args.batch, len(problems), args.seed)
         places = range(args.batch)[ranks.rank::ranks.world]
         mine = [numbers[place] for place in places]
-        seeds = [srt.request_seed(args.seed, step, place, problems[i].id) for place, i in zip(places, mine)]
+        seeds = [request_seed(args.seed, step, place, problems[i].id) for place, i in zip(places, mine)]
         samples, verdicts = sample_and_judge(sampler, judge, tokenizer, [problems[i] for i in mine],
                                              [prompts[i] for i in mine], seeds, args)
         sampler.sleep()
@@ -436,7 +436,7 @@ def main():
         best = f"; validation {accuracy['val_accuracy']:.3f}, best {progress['best']}" if args.val else ""
         run.say(f"saved {args.out}/final{best}")
     metrics.draw()
-    srt.close(judge, sampler)
+    close(judge, sampler)
 
 
 if __name__ == "__main__":

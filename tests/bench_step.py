@@ -66,9 +66,9 @@ import torch.distributed.checkpoint as dcp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sft
-import srt
 import verify
 from common.run import launch
+from common.sampler import VLLMSampler
 from kl import chunked_ce
 
 SHAPES = {"tiny": (64, 128, 2, 4, 2, 16, 512), "0.6B": (1024, 3072, 28, 16, 8, 128, 151936), "1.7B": (2048, 6144, 28, 16, 8, 128, 151936),
@@ -289,15 +289,15 @@ def ours_child(model):
     rows = peer_rows(128 - around)
     (folder / "data.jsonl").write_text("".join(
         json.dumps({"id": str(i), "problem": text, "answer": "3"}) + "\n" for i, (text, _) in enumerate(rows)))
-    make_sampler = srt.make_sampler
+    make_sampler = distill.make_sampler
 
     def make_and_compare(*how):
         sampler = make_sampler(*how)
         compare_sampler(sampler, tokenizer)
         return sampler
 
-    srt.make_sampler = make_and_compare
-    srt.VLLMSampler.room = lambda self, ids, max_tokens: (
+    distill.make_sampler = make_and_compare
+    VLLMSampler.room = lambda self, ids, max_tokens: (
         length_of(rows, ids) if max(ids) >= MARK and len(ids) == 128 and max_tokens == 2048 else max_tokens)
     distill.step_problems = lambda step, batch, total, seed: list(range(step * batch, (step + 1) * batch))
     report = sft.Metrics.report

@@ -31,9 +31,10 @@ import kl
 import sft
 import srt
 import verify
+from common.sampler import HFSampler
 
 SCRIPTS = {"verify.py": verify, "srt.py": srt, "sft.py": sft, "kl.py": kl, "distill.py": distill}
-srt.HFSampler.__init__.__defaults__ = (4,)  # small batches, so that rows come in one after another as with vLLM
+HFSampler.__init__.__defaults__ = (4,)  # small batches, so that rows come in one after another as with vLLM
 
 
 def free_port():

@@ -29,13 +29,14 @@ STUB = """
 import json, sys
 sys.path.insert(0, {root!r})
 import srt, verify
+from common.sampler import Sample, Sampler
 texts, prompts = json.load(open({texts!r}))
-class Stub(srt.Sampler):
+class Stub(Sampler):
     max_len, max_seqs = 1000, 4
     def stream(self, pull, **how):
         while (request := pull()) is not None:
             i, = [i for i, x in enumerate(prompts) if request.ids[: len(x)] == x]
-            yield srt.Sample(request, [2 * i + (request.ids != prompts[i])], [0.0], False)
+            yield Sample(request, [2 * i + (request.ids != prompts[i])], [0.0], False)
     def close(self):
         pass
 load = verify.load_tokenizer

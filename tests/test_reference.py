@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import distill
-import srt
 import verify
+from common.sampler import HFSampler, request_seed
 
 WRONG, RIGHT = "\n\nWait, this response is wrong. Let me correct it.\n\n", "\n\nLet me rephrase the above solution.\n\n"
 
@@ -72,7 +72,7 @@ def test_distill(guesser, ranks, tmp_path):
         "--val", tmp_path / "val.jsonl", "--val_every", 1, "--val_samples", 5, "--seed", 3, "--max_sync_gap", 0.01, nproc=2)
     tokenizer = verify.load_tokenizer(guesser)
     student, teacher = (AutoModelForCausalLM.from_pretrained(guesser) for _ in range(2))
-    sampler = srt.HFSampler(guesser, tokenizer, 1024, ranks.device, torch.float32)
+    sampler = HFSampler(guesser, tokenizer, 1024, ranks.device, torch.float32)
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.1, betas=(0.9, 0.999))
     with verify.Judge(workers=1) as judge:
         train, val = (verify.load_problems(str(tmp_path / f"{name}.jsonl"), judge)[0] for name in ("train", "val"))
@@ -88,10 +88,10 @@ def test_distill(guesser, ranks, tmp_path):
     assert len(rows) == 2
     for number, row in enumerate(rows):
         tries = [(p, k) for p in val for k in range(5)]
-        tried = sample([p for p, _ in tries], [srt.request_seed(3, "val", p.id, k) for p, k in tries])
+        tried = sample([p for p, _ in tries], [request_seed(3, "val", p.id, k) for p, k in tries])
         assert row["val_accuracy"] == pytest.approx(sum(ok for *_, ok in tried) / 20)
         chosen = [train[i] for i in distill.step_problems(number, 8, 10, 3)]
-        sampled = sample(chosen, [srt.request_seed(3, number, place, p.id) for place, p in enumerate(chosen)])
+        sampled = sample(chosen, [request_seed(3, number, place, p.id) for place, p in enumerate(chosen)])
         total, tokens = 0, sum(len(y) for _, y, _ in sampled)
         for x, y, ok in sampled:
             body = y[:-1] if y[-1] in tokenizer.end_ids else y

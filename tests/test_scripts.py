@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import srt
 import verify
 from common.run import Ranks
+from common.sampler import Request, Sample, serve
 
 HAVE_VLLM = importlib.util.find_spec("vllm") is not None
 SRT = ["--max_tokens", 40, "--engine", "hf", "--num_revisions", 2]
@@ -139,7 +140,7 @@ def test_a_verdict_that_comes_at_any_turn_of_the_loop(turns):
 
     async def respond():
         sampled = asyncio.get_running_loop().create_future()
-        waiting.append(srt.Request(sampled, [1], 0))
+        waiting.append(Request(sampled, [1], 0))
         await sampled
         loop = asyncio.get_running_loop()
         judged = loop.create_future()
@@ -152,9 +153,9 @@ def test_a_verdict_that_comes_at_any_turn_of_the_loop(turns):
     class Sampler:
         def stream(self, pull):
             while (request := pull()) is not None:
-                yield srt.Sample(request, [5, 6], [], False)
+                yield Sample(request, [5, 6], [], False)
 
-    assert srt.serve([respond()], waiting, judging, lambda: False, Sampler()) == 2
+    assert serve([respond()], waiting, judging, lambda: False, Sampler()) == 2
     assert written == [True] and not judging
 
 
@@ -357,8 +358,8 @@ def test_distill_variants(more, qwen, problems_file, tmp_path):
 def test_sabotaged_sync_stops_the_run(qwen, problems_file, tmp_path):
     """Weights that never reach the sampler: the gap grows and the run ends with an error that says so."""
     script = tmp_path / "sabotage.py"
-    script.write_text("import srt, distill\n"
-                      "srt.HFSampler.load = lambda self, named: [None for _ in named]\n"
+    script.write_text("import distill\nfrom common.sampler import HFSampler\n"
+                      "HFSampler.load = lambda self, named: [None for _ in named]\n"
                       "distill.main()\n")
     done = run(script, "--model", qwen, "--data", problems_file, "--out", tmp_path / "out", *DISTILL, "--steps", 30,
                "--lr", "2e-3", "--batch", 20, ok=False, env={"PYTHONPATH": str(verify.os.path.dirname(verify.__file__))})

@@ -1,4 +1,5 @@
 """Runs that survive: killed, signalled, resumed with other ranks, on several nodes, with broken disks and bad input."""
+import importlib.util
 import json
 import os
 import random
@@ -541,7 +542,7 @@ def test_bad_input(bad, inputs, tmp_path):
     commands = {**inputs, "verify.py": ["--data", problems],
                 "kl.py": ["--student", model, "--teacher", model, "--responses", bad / "all_right.jsonl"]}
     wrong, cases = [], BAD.strip().splitlines()
-    without_vllm = lambda rank: setattr(srt.importlib.util, "find_spec", lambda name: None)
+    without_vllm = lambda rank: setattr(importlib.util, "find_spec", lambda name: None)
     for number, case in enumerate(cases):
         script, rest = case.split(None, 1)
         flags, want = (part.strip() for part in rest.split("   ", 1))

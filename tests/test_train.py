@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import distill
 import sft
-import srt
 import verify
 from common.run import launch
+from common.sampler import Sample
 
 
 @pytest.fixture(params=["qwen", "olmo"])
@@ -30,7 +30,7 @@ def sampled_rows(tokenizer, family, problems_file, max_teacher_len=4096):
     rows = []
     for row in make_rows(tokenizer, problems_file, family):
         problem, y = verify.Problem.of_row(row), row["y_init_tokens"]
-        x, sample = verify.chat_ids(tokenizer, problem), srt.Sample(None, y, [-1.0] * len(y), False)
+        x, sample = verify.chat_ids(tokenizer, problem), Sample(None, y, [-1.0] * len(y), False)
         rows.append(distill.make_row(tokenizer, verify.PHRASES[family], problem, x, sample,
                                      row["y_init_correct"], max_teacher_len))
     return rows

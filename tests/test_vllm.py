@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import sft
-import srt
 import verify
+from common.sampler import Request, make_sampler, pick
 
 HAVE_VLLM = importlib.util.find_spec("vllm") is not None
 if os.environ.get("REQUIRE_VLLM") and not HAVE_VLLM:
@@ -50,7 +50,7 @@ def sampler_of(engine, folder, ranks):
     """One engine per folder for the whole file: vLLM takes seconds to come up."""
     if (engine, folder) not in engines:
         tokenizer = verify.load_tokenizer(folder)
-        engines[engine, folder] = srt.make_sampler(engine, folder, tokenizer, 256, ranks.device, torch.float32, 0.3)
+        engines[engine, folder] = make_sampler(engine, folder, tokenizer, 256, ranks.device, torch.float32, 0.3)
     return engines[engine, folder]
 
 
@@ -129,12 +129,12 @@ def test_streaming_takes_requests_as_they_come(engine, models, ranks):
     """A request that is made when another finishes is served in the same stream."""
     folder = models["tied", 0]
     sampler, prompts = sampler_of(engine, folder, ranks), prompts_of(folder)
-    queue = [srt.Request(("init", i), x, i) for i, x in enumerate(prompts)]
+    queue = [Request(("init", i), x, i) for i, x in enumerate(prompts)]
     served = []
     for sample in sampler.stream(lambda: queue.pop(0) if queue else None, max_tokens=8):
         served.append(sample.request.key)
         if sample.request.key[0] == "init":
-            queue.append(srt.Request(("revision", sample.request.key[1]), sample.request.ids + sample.ids, 7))
+            queue.append(Request(("revision", sample.request.key[1]), sample.request.ids + sample.ids, 7))
     assert sorted(served) == sorted([(k, i) for k in ("init", "revision") for i in range(len(prompts))])
 
 
@@ -148,6 +148,6 @@ def test_pick_follows_the_distribution():
         inside = order[: int((p[order].cumsum(0) < top_p).sum()) + 1]
         want = torch.zeros(5, dtype=torch.double)
         want[inside] = p[inside] / p[inside].sum()
-        got = torch.bincount(srt.pick(logits.expand(20000, 5), uniform, temperature, top_p), minlength=5) / 20000
+        got = torch.bincount(pick(logits.expand(20000, 5), uniform, temperature, top_p), minlength=5) / 20000
         assert torch.allclose(got.double(), want, atol=2e-4)
-    assert srt.pick(logits, uniform[:1], 0.0, 1.0).item() == 1
+    assert pick(logits, uniform[:1], 0.0, 1.0).item() == 1
