@@ -33,7 +33,7 @@ import torch.distributed as dist
 
 import sft
 import verify
-from common import run
+from common import run, training
 from common.run import fail, natural, positive, share, within
 from common.sampler import check_lengths, close, engine_name, hand_out, make_sampler, request_seed
 from kl import COPIED, KINDS, chunked_kl
@@ -71,13 +71,13 @@ def micro_batches(rows, side, budget, device):
     tokens, one of them selected.
     """
     full, packed = [getattr(row, side) + row.y for row in rows], []
-    for members in sft.pack(list(map(len, full)), budget, device):
+    for members in training.pack(list(map(len, full)), budget, device):
         select, offset = [], 0
         for i in members:
             first = offset + len(full[i]) - len(rows[i].y) - 1
             select.extend(range(first, first + len(rows[i].y)))
             offset += len(full[i])
-        packed.append((members, sft.make_batch([full[i] for i in members] or [[0, 0]], device),
+        packed.append((members, training.make_batch([full[i] for i in members] or [[0, 0]], device),
                        torch.tensor(select or [0]).to(device)))
     return packed
 
@@ -220,16 +220,16 @@ class Clock:
 
 def flops_of(student, teacher, rows):
     """Floating-point operations of a step. The KL takes four products with a head for each token."""
-    return (sft.forward_flops(teacher.config, [len(r.seen) + len(r.y) for r in rows], 0)
-            + 3 * sft.forward_flops(student.config, [len(r.x) + len(r.y) for r in rows], 0)
-            + 4 * sft.forward_flops(teacher.config, [], sum(len(r.y) for r in rows)))
+    return (training.forward_flops(teacher.config, [len(r.seen) + len(r.y) for r in rows], 0)
+            + 3 * training.forward_flops(student.config, [len(r.x) + len(r.y) for r in rows], 0)
+            + 4 * training.forward_flops(teacher.config, [], sum(len(r.y) for r in rows)))
 
 
 def log(metrics, args, ranks, step, sums, clock, **others):
     """Writes and prints the row of a step; returns it. sums: by name, over what this rank had."""
     sums = sum_over_ranks(ranks, **sums)
     tokens, right, wrong = max(1, sums["tokens"]), sums["tokens_right"], sums["tokens"] - sums["tokens_right"]
-    training = clock.seconds["teacher"] + clock.seconds["student"]
+    spent = clock.seconds["teacher"] + clock.seconds["student"]
     row = {"step": step, "loss": sums["loss"], "kl_right": sums["kl_right"] / right if right else None,
            "kl_wrong": (sums["kl"] - sums["kl_right"]) / wrong if wrong else None,
            **{name: sums[name] / tokens for name in ("entropy", "copied", "sync_gap")},
@@ -237,7 +237,7 @@ def log(metrics, args, ranks, step, sums, clock, **others):
               for name in ("reward", "response_len", "truncated", "judge_failed")},
            "tokens": int(sums["tokens"]), "seconds": sum(clock.seconds.values()),
            **{f"seconds_{part}": seconds for part, seconds in clock.seconds.items()},
-           "mfu": sft.mfu(sums["flops"], training, ranks.world), **others}
+           "mfu": training.mfu(sums["flops"], spent, ranks.world), **others}
     more = f"  val {row['val_accuracy']:.3f}" if "val_accuracy" in row else ""
     more += "" if row["updated"] else "  no update: no row has weight"
     parts = " ".join(f"{part} {seconds:.1f}" for part, seconds in clock.seconds.items())
@@ -296,7 +296,7 @@ def parse_args():
     add("--val_every", type=natural, default=20)
     add("--val_samples", type=natural, default=8, help="responses per validation problem")
     add("--save_every", type=natural, default=10, help="steps between states to go on from")
-    sft.add_training_flags(parser)
+    training.add_training_flags(parser)
     args = run.parse(parser)
     if args.topk and args.kl == "jsd":
         parser.error("--topk cannot go with --kl jsd; use --topk 0, or another --kl")
@@ -325,18 +325,18 @@ def main():
     if run.finished(args.out, "final", steps=args.steps):
         judge.close()
         return dist.destroy_process_group()
-    sft.resolve_defaults(args, ranks.device)
+    training.settle_flags(args, ranks.device)
 
-    mesh = sft.make_mesh(ranks)
+    mesh = training.make_mesh(ranks)
     moving = args.sync_every > 0  # in fp32, for small steps vanish in bf16; saved; its head renewed
-    student = sft.load_model(args.model, ranks, mesh, args.dtype, checkpointing=args.checkpointing,
-                             compile=args.compile)
-    teacher = sft.load_model(args.teacher, ranks, mesh, args.dtype, trainable=False, compile=args.compile,
-                             held=torch.float32 if moving else args.dtype)
+    student = training.load_model(args.model, ranks, mesh, args.dtype, checkpointing=args.checkpointing,
+                                  compile=args.compile)
+    teacher = training.load_model(args.teacher, ranks, mesh, args.dtype, trainable=False,
+                                  compile=args.compile, held=torch.float32 if moving else args.dtype)
     if student.config.vocab_size != teacher.config.vocab_size:
         fail(f"--teacher {args.teacher} has {teacher.config.vocab_size} vocabulary entries, --model "
              f"{args.model} has {student.config.vocab_size}: the KL needs one vocabulary")
-    optimizer = sft.make_optimizer(student, args.weight_decay, betas=(0.9, 0.999))
+    optimizer = training.make_optimizer(student, args.weight_decay, betas=(0.9, 0.999))
     tensors = lambda: sft.training_state(student, optimizer, teacher if moving else None)
     progress = {"step": 0, "best": [], "history": [], "worse": None}
     progress |= sft.load_state(args.out, tensors) or {}
@@ -366,7 +366,7 @@ def main():
         if stop:
             break
         clock = Clock()
-        sampler.load(sft.full_tensors(student, args.dtype))
+        sampler.load(training.full_tensors(student, args.dtype))
         clock.lap("sync")
         accuracy = {}
         if args.val and step % args.val_every == 0:
@@ -393,7 +393,7 @@ def main():
         sums = student_pass(student, rows, states, teacher_head, weight or 1.0, args, ranks)
         lr, norm = args.lr * min(1.0, (step + 1) / max(1, args.warmup)), 0.0
         if weight:  # where no row has any, the step makes no update
-            norm = sft.optimizer_step(student, optimizer, lr, args.clip)
+            norm = training.optimizer_step(student, optimizer, lr, args.clip)
         clock.lap("student")
         if moving and (step + 1) % args.sync_every == 0:
             move_teacher(teacher, student)
@@ -424,7 +424,7 @@ def main():
         why = goes_on if progress["worse"] and args.stop_when_worse else ""
         run.say(f"ended after {progress['step']} of {args.steps} steps{why}")
     else:
-        sampler.load(sft.full_tensors(student, args.dtype))
+        sampler.load(training.full_tensors(student, args.dtype))
         accuracy = check(args.steps) if args.val else {}
         if args.val or args.steps % args.save_every:  # else this very state is there already
             saver.save(args.steps, tensors(), progress)  # a larger --steps goes on from here

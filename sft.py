@@ -20,9 +20,6 @@ are token ids as sampled, packed without padding, and do not see each other; log
 """
 import argparse
 import contextlib
-import functools
-import inspect
-import itertools
 import json
 import math
 import os
@@ -38,18 +35,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch._functorch.config
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import verify
-from common import run
+from common import run, training
 from common.run import fail, natural, positive, within
 from kl import chunked_ce
 
@@ -58,183 +48,7 @@ FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype checkpointi
 FEW = 300  # wrong -> right tuples
 UNSAID = 0.3  # probability of P_r: .86 where SRT works (the demo), 1e-6 where not (docs/real.md)
 
-# ---- packed attention
-# fewer heads of k and v than of q: torch 2.11 takes them without the flag
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-if torch.ops.torch_attn._varlen_attn not in flop_registry:  # torch 2.11: it would seem free to compute again
-    @register_flop_formula(torch.ops.torch_attn._varlen_attn)
-    def attention_flops(q, k, v, starts_q, starts_k, longest, *_, **__):
-        return 4 * math.prod(q) * longest  # q is a shape, (T, H, D); no mask, as torch counts
-
-
-def packed_attention(module, q, k, v, attention_mask, scaling=None, sliding_window=None, starts=None,
-                     longest=None, segments=None, **_):
-    """
-    Causal attention within each of the rows that are packed one after another; no row sees another.
-    q [1, H, T, D]; k, v [1, H_kv, T, D]; row i starts at starts[i], on a CPU at segments[i]. With a
-    sliding_window w a token sees w tokens, itself included. Returns ([1, T, H, D], None).
-    """
-    if segments is None:
-        q, k, v = (a[0].transpose(0, 1) for a in (q, k, v))  # [T, H, D]
-        window = (sliding_window - 1 if sliding_window else -1, 0)
-        out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=window,
-                          **GROUPED)
-        return out[None], None
-    outs = []
-    for start, stop in itertools.pairwise(segments):
-        T, row = stop - start, [a[:, :, start:stop] for a in (q, k, v)]
-        mask = torch.ones(T, T, dtype=torch.bool).tril().triu(1 - (sliding_window or T))
-        outs.append(scaled_dot_product_attention(*row, attn_mask=mask, scale=scaling, enable_gqa=True))
-    return torch.cat(outs, dim=2).transpose(1, 2), None
-
-
-class Batch(NamedTuple):
-    ids: torch.Tensor  # [T] the rows one after another
-    positions: torch.Tensor  # [T] from 0 in each row
-    starts: torch.Tensor  # [rows + 1], int32
-    longest: int
-    segments: list  # starts, as Python numbers
-
-
-def make_batch(rows, device):
-    """Packs rows (lists of token ids) into one Batch."""
-    segments = [0, *itertools.accumulate(map(len, rows))]
-    ids = torch.tensor([i for row in rows for i in row])
-    positions = torch.tensor([i for row in rows for i in range(len(row))])
-    starts = torch.tensor(segments, dtype=torch.int32)
-    tensors = (a.to(device, non_blocking=True) for a in (ids, positions, starts))
-    return Batch(*tensors, max(map(len, rows)), segments)
-
-
-def pack(lengths, budget, device):
-    """
-    Row numbers in bins of at most `budget` tokens, by first fit, from longest to shortest; a longer row has
-    its own. Empty bins follow until every rank has as many: all must enter each collective.
-    """
-    bins = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        b = next((b for b in bins if sum(lengths[j] for j in b) + lengths[i] <= budget), [])
-        if not b:
-            bins.append(b)
-        b.append(i)
-    most = torch.tensor(len(bins), device=device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return bins + [[] for _ in range(int(most) - len(bins))]
-
-
-# ---- model
-def make_mesh(ranks):
-    """One node: shard over all ranks. Several: replicate across nodes, shard within each."""
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
-    if ranks.world % per_node:
-        fail(f"{ranks.world} ranks on nodes of {per_node}: every node must run as many")
-    shape = ranks.world // per_node, per_node
-    mesh = dist.init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
-    return mesh["shard"] if shape[0] == 1 else mesh
-
-
-def set_compiler(checkpointing):
-    """
-    What --checkpointing sets for the whole process. A compiled block is not computed again as a whole: the
-    compiler chooses what to keep, within a share of the memory that keeping everything would take.
-    """
-    torch._functorch.config.activation_memory_budget = 0.3 if checkpointing else 0.85  # 0.85 costs no time
-    torch._functorch.config.is_non_builtin_to_include = checkpointing  # attention is among what it may keep
-
-
-def load_model(path, ranks, mesh, dtype, trainable=True, checkpointing=False, compile=False,
-               held=torch.float32):
-    """
-    A causal LM under FSDP2: weights held in `held`, gradients and their sums in fp32, compute in `dtype`.
-    Its forward is packed_forward. Without checkpointing activations and gathered weights stay until backward.
-    """
-    from transformers import AttentionInterface, AutoModelForCausalLM
-    AttentionInterface.register("packed", packed_attention)
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="packed")
-    options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-    torch._dynamo.config.recompile_limit = 64  # student, teacher, ranges of lengths share a layer's code
-    if trainable:
-        set_compiler(checkpointing)
-    for layer in model.get_decoder().layers:
-        if compile:
-            layer.forward = torch.compile(layer.forward)
-        elif checkpointing:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-        layer.to(ranks.device, held)
-        fully_shard(layer, **options, reshard_after_forward=checkpointing or not trainable)
-    for p in model.parameters():  # embedding, final norm and head; a tied head stays one tensor
-        if not isinstance(p, DTensor):
-            p.data = p.data.to(ranks.device, held)
-    model.forward = functools.partial(packed_forward, model)
-    fully_shard(model, **options, reshard_after_forward=None if trainable else True)
-    return model.requires_grad_(trainable).train(trainable)
-
-
-def packed_forward(model, batch, select, loss):
-    """
-    loss(hidden [n, H], head weight [V, H]) at the positions `select` [n] of a Batch. In here FSDP has the
-    whole weight of the head at hand: outside it is a shard.
-    """
-    segments = None if batch.ids.is_cuda else batch.segments
-    # not get_decoder()(...): where vLLM runs a model by transformers (Olmo 3), it has put its __call__ there
-    hidden = torch.nn.Module.__call__(model.get_decoder(), input_ids=batch.ids[None], use_cache=False,
-                                      position_ids=batch.positions[None], starts=batch.starts,
-                                      longest=batch.longest, segments=segments).last_hidden_state[0]
-    return loss(hidden[select], model.get_output_embeddings().weight)
-
-
-def full_tensors(model, dtype):
-    """(name, whole tensor in `dtype`) of every weight, in turn; all ranks must walk through them together."""
-    for name, p in model.named_parameters():
-        p = p.detach().to(dtype)
-        yield name, p.full_tensor() if isinstance(p, DTensor) else p  # a forward pass leaves some whole
-
-
-def make_optimizer(model, weight_decay, betas):
-    return torch.optim.AdamW(model.parameters(), 0.0, betas, eps=1e-8, weight_decay=weight_decay, fused=True)
-
-
-def optimizer_step(model, optimizer, lr, clip):
-    """Clips the gradient norm, steps with this learning rate, clears gradients. Returns the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).full_tensor().item()
-    if not math.isfinite(norm):  # the same on every rank; a step would make every weight nan
-        fail(f"the gradient norm is {norm}: no step was made; lower --lr and go on from the last whole state")
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
-
-
 # ---- metrics
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16
-
-
-def forward_flops(config, lengths, head_tokens):
-    """
-    Floating-point operations of a forward pass over rows of these lengths, head at `head_tokens` positions:
-    2 n per token for a matrix of n weights; 4 D per layer, head, query and key that it sees (q.k, sum of v).
-    A training step is 3 times that; what is computed again is not counted.
-    """
-    c, flops = config, 2 * head_tokens * config.hidden_size * config.vocab_size
-    D = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    qkvo = 2 * c.hidden_size * D * (c.num_attention_heads + c.num_key_value_heads)
-    weights = qkvo + 3 * c.hidden_size * c.intermediate_size
-    for kind in getattr(c, "layer_types", None) or ["full_attention"] * c.num_hidden_layers:
-        for T in lengths:
-            window = min(T, c.sliding_window) if kind == "sliding_attention" else T
-            pairs = window * (window + 1) // 2 + (T - window) * window
-            flops += 2 * weights * T + 4 * D * c.num_attention_heads * pairs
-    return flops
-
-
-def mfu(flops, seconds, world):
-    """Share of the machine's peak, or None where the peak is not known (CPU)."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)
-    return flops / seconds / world / peak if peak else None
-
-
 def memory():
     """GiB of this rank's GPU: peak_gb since the last call, held_gb now; 0 on a CPU."""
     peak, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
@@ -287,7 +101,7 @@ def replace_folder(tmp, path):
 def save_model(path, model, tokenizer, phrases, dtype):
     """A folder that transformers and vLLM load as it is, the phrases in its config. All ranks call it."""
     from safetensors.torch import save_file
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in full_tensors(model, dtype)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in training.full_tensors(model, dtype)
                if dist.get_rank() == 0}
     if dist.get_rank() == 0:
         tmp = path + ".tmp"
@@ -512,20 +326,6 @@ def read_examples(path, objective, stage2_size, tokenizer, phrases, max_len, see
 
 
 # ---- main
-def add_training_flags(parser):
-    """The flags that sft.py and distill.py share."""
-    add, cuda = parser.add_argument, torch.cuda.is_available()
-    add("--micro_tokens", type=natural, default=16384, help="tokens of a packed micro-batch on one rank")
-    dtypes = ("bfloat16",) if cuda else ("float32", "bfloat16")  # a GPU's attention takes no other
-    add("--dtype", choices=dtypes, default=dtypes[0], help="float32 only on a CPU; it is the default there")
-    add("--checkpointing", type=int, choices=(0, 1), default=int(cuda), help="1 (default on cuda): recompute "
-        "activations; 0: keep them, and gathered weights too: faster, and larger")
-    add("--compile", type=int, choices=(0, 1), default=int(cuda), help="each block; default: 1 on cuda")
-    add("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
-    add("--seed", type=int, default=0)
-    add("--fresh", action="store_true", help="start over; an old --out is renamed, not deleted")
-
-
 def parse_args():
     parser = argparse.ArgumentParser(description="SFT on D_revision (SRT, phase 1b).")
     add = parser.add_argument
@@ -543,16 +343,8 @@ def parse_args():
     add("--clip", type=positive, default=1.0, help="largest gradient norm")
     add("--save_every", type=natural, default=100, help="steps between states to go on from")
     add("--no_clean", action="store_true", help="leave repeating tails and flattering openings")
-    add_training_flags(parser)
+    training.add_training_flags(parser)
     return run.parse(parser)
-
-
-def resolve_defaults(args, device):
-    """Makes args.dtype torch's, and says what the defaults have become on this device."""
-    args.dtype = getattr(torch, args.dtype)
-    args.checkpointing, args.compile = bool(args.checkpointing), bool(args.compile)
-    run.say(f"{dist.get_world_size()} rank(s) on {device.type}: {args.dtype}, "
-            f"checkpointing {args.checkpointing}, compile {args.compile}")
 
 
 def step_examples(examples, step, size, seed):
@@ -569,13 +361,13 @@ def micro_batches(examples, budget, device):
     [n], 1 where P_r begins [n])], as many on every rank; an empty share is a dummy of two tokens, no weight.
     """
     packed = []
-    for rows in pack([len(e.ids) for e in examples], budget, device):
+    for rows in training.pack([len(e.ids) for e in examples], budget, device):
         members = [examples[i] for i in rows] or [Example([0, 0], [0, 0])]
         weights = [w for e in members for w in e.weights[1:] + [0]]  # position t predicts token t + 1
         turns = [t == e.p_r for e in members for t in range(1, len(e.ids) + 1)]
         select = [t for t, w in enumerate(weights) if w or turns[t]] or [0]
         marks = torch.tensor([[weights[t], turns[t]] for t in select], dtype=torch.float32)  # [n, 2]
-        packed.append((make_batch([e.ids for e in members], device), torch.tensor(select).to(device),
+        packed.append((training.make_batch([e.ids for e in members], device), torch.tensor(select).to(device),
                        *marks.to(device).unbind(1)))
     return packed
 
@@ -603,10 +395,10 @@ def main():
     run.open_out(args, ranks, FREE)
     if run.finished(args.out, "final"):
         return dist.destroy_process_group()
-    resolve_defaults(args, ranks.device)
-    model = load_model(args.model, ranks, make_mesh(ranks), args.dtype, checkpointing=args.checkpointing,
-                       compile=args.compile)
-    optimizer = make_optimizer(model, args.weight_decay, betas=(0.9, 0.95))
+    training.settle_flags(args, ranks.device)
+    model = training.load_model(args.model, ranks, training.make_mesh(ranks), args.dtype,
+                                checkpointing=args.checkpointing, compile=args.compile)
+    optimizer = training.make_optimizer(model, args.weight_decay, betas=(0.9, 0.95))
     progress = load_state(args.out, lambda: training_state(model, optimizer)) or {"step": 0}
     metrics = Metrics(args.out, progress["step"])
     saver = Saver(args.out, args.save_every, ranks.device)
@@ -617,7 +409,7 @@ def main():
         started = time.time()
         objective, examples = stages[stage]
         if step == 0:  # each stage has an optimizer of its own
-            optimizer = make_optimizer(model, args.weight_decay, betas=(0.9, 0.95))
+            optimizer = training.make_optimizer(model, args.weight_decay, betas=(0.9, 0.95))
         batch = step_examples(examples, step, args.batch, f"{args.seed}/{stage + 1}")
         loss_tokens = sum(w > 0 for e in batch for w in e.weights)
 
@@ -632,14 +424,14 @@ def main():
         dist.all_reduce(sums)
         loss, p_r = sums.tolist()
         lr = (args.stage2_lr or args.lr if stage == 1 else args.lr) * cosine(step, steps[stage])
-        norm = optimizer_step(model, optimizer, lr, args.clip)
+        norm = training.optimizer_step(model, optimizer, lr, args.clip)
 
         seconds, lengths = time.time() - started, [len(e.ids) for e in batch]
-        flops = 3 * forward_flops(model.config, lengths, loss_tokens)
+        flops = 3 * training.forward_flops(model.config, lengths, loss_tokens)
         row = {"step": number, "stage": stage + 1, "objective": objective, "loss": loss,
                "p_r": p_r if args.objective != "rft" else None, "grad_norm": norm, "lr": lr,
                "tokens": sum(lengths), "loss_tokens": loss_tokens, "seconds": seconds,
-               "mfu": mfu(flops, seconds, ranks.world)}
+               "mfu": training.mfu(flops, seconds, ranks.world)}
         says = f"  P_r {p_r:.3f}" if args.objective != "rft" else ""
         metrics.report(f"stage {stage + 1} step {step + 1}/{steps[stage]}  loss {loss:.4f}{says}", row)
         last = number + 1 == len(plan)

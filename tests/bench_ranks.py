@@ -18,7 +18,7 @@ import torch.distributed as dist
 from bench_step import make_shape
 from conftest import read, run
 
-import sft
+from common import training
 from common.run import launch
 from kl import chunked_ce
 
@@ -29,14 +29,14 @@ SHAPE = "4B" if CUDA else "tiny"
 def fixed_batch(model_folder):
     """Prints loss and gradient norm of eight rows of 512 tokens, whatever the ranks; run by each rank."""
     ranks = launch()
-    model = sft.load_model(model_folder, ranks, sft.make_mesh(ranks), torch.bfloat16 if CUDA else torch.float32, checkpointing=True)
+    model = training.load_model(model_folder, ranks, training.make_mesh(ranks), torch.bfloat16 if CUDA else torch.float32, checkpointing=True)
     rows = torch.randint(4, model.config.vocab_size, (8, 512), generator=torch.Generator().manual_seed(7)).tolist()
-    batch = sft.make_batch(rows[ranks.rank::ranks.world], ranks.device)
+    batch = training.make_batch(rows[ranks.rank::ranks.world], ranks.device)
     select = (batch.positions < 511).nonzero()[:, 0]  # the end of a row predicts nothing: what follows depends on the ranks
     weights = torch.full((len(select),), ranks.world / (8 * 511), device=ranks.device)
     loss, _ = model(batch, select, lambda hidden, head: chunked_ce(hidden, head, batch.ids[select + 1], weights))
     loss.backward()
-    norm = sft.optimizer_step(model, sft.make_optimizer(model, 0.0, (0.9, 0.95)), 0.0, 1.0)
+    norm = training.optimizer_step(model, training.make_optimizer(model, 0.0, (0.9, 0.95)), 0.0, 1.0)
     loss = loss.detach() / ranks.world
     dist.all_reduce(loss)
     if ranks.rank == 0:

@@ -67,6 +67,7 @@ import torch.distributed.checkpoint as dcp
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sft
 import verify
+from common import training
 from common.run import launch
 from common.sampler import VLLMSampler
 from kl import chunked_ce
@@ -213,7 +214,7 @@ def measure_memory(length, student, teacher, optimizer, ranks):
         sft.memory()
         states = distill.teacher_states(teacher, rows, MICRO, ranks.device)
         distill.student_pass(student, rows, states, head, number * length, args, ranks)
-        sft.optimizer_step(student, optimizer, 1e-6, 1.0)
+        training.optimizer_step(student, optimizer, 1e-6, 1.0)
     del others
     return sft.memory()["peak_gb"]
 
@@ -239,12 +240,12 @@ def memory_table(ranks):
     for shape in ("0.6B", "1.7B", "4B", "8B"):
         models = None
         if torch.cuda.is_available() and expected_memory(shape, 2048, 1) < torch.cuda.mem_get_info()[0] / 2**30:
-            folder, mesh = f"/tmp/bench-{shape}", sft.make_mesh(ranks)
+            folder, mesh = f"/tmp/bench-{shape}", training.make_mesh(ranks)
             if not Path(folder, "config.json").exists():
                 make_shape(folder, shape)
-            student = sft.load_model(folder, ranks, mesh, torch.bfloat16, checkpointing=True, compile=True)
-            teacher = sft.load_model(folder, ranks, mesh, torch.bfloat16, trainable=False, compile=True)
-            models = student, teacher, sft.make_optimizer(student, 0.0, (0.9, 0.999))
+            student = training.load_model(folder, ranks, mesh, torch.bfloat16, checkpointing=True, compile=True)
+            teacher = training.load_model(folder, ranks, mesh, torch.bfloat16, trainable=False, compile=True)
+            models = student, teacher, training.make_optimizer(student, 0.0, (0.9, 0.999))
         for length in (2048, 8192, 16384):
             measured = f"{measure_memory(length, *models, ranks):.1f}" if models else "-"
             print(f"{shape:7s} {length:8d} {measured:>19s} {expected_memory(shape, length, 1):12.1f} "
@@ -425,9 +426,9 @@ def main():
         print(f"{'':28s} {'s':>8s} {'tok/s per rank':>15s} {'model TFLOP/s':>14s} {'MFU':>6s} {'peak GiB':>9s} {'graphs':>7s} {'syncs':>6s}")
     for what in args.only:
         kind, checkpointing, compile = what.split()[0], what.split()[1], what.split()[2] == "1"
-        model = sft.load_model(args.model, ranks, sft.make_mesh(ranks), dtype, trainable=kind == "sft",
-                               checkpointing=checkpointing == "1", compile=compile)
-        optimizer = sft.make_optimizer(model, 0.0, (0.9, 0.95)) if kind == "sft" else None
+        model = training.load_model(args.model, ranks, training.make_mesh(ranks), dtype, trainable=kind == "sft",
+                                    checkpointing=checkpointing == "1", compile=compile)
+        optimizer = training.make_optimizer(model, 0.0, (0.9, 0.95)) if kind == "sft" else None
         generator = torch.Generator().manual_seed(ranks.rank)
         batches = []
         for number in range(args.repeats):
@@ -435,8 +436,8 @@ def main():
             if args.varied:  # a bin of the right size, its rows of other lengths in each step
                 lengths = draw_lengths(100, max(args.rows), f"{ranks.rank} {number}")
                 lengths = lengths[:max(k for k in range(100) if sum(lengths[:k]) <= sum(args.rows))]
-            batches.append(sft.make_batch([torch.randint(4, model.config.vocab_size, (n,), generator=generator).tolist()
-                                           for n in lengths], ranks.device))
+            batches.append(training.make_batch([torch.randint(4, model.config.vocab_size, (n,), generator=generator).tolist()
+                                                for n in lengths], ranks.device))
 
         def micro_batch(batch):
             T = len(batch.ids)
@@ -450,15 +451,15 @@ def main():
         def step(batch):
             micro_batch(batch)
             if optimizer:
-                sft.optimizer_step(model, optimizer, 1e-6, 1.0)
+                training.optimizer_step(model, optimizer, 1e-6, 1.0)
 
         seconds, peak = measure(step, batches, len(batches) if args.varied else 2)
         syncs = host_syncs(lambda: micro_batch(batches[0]))
         tokens = sum(len(batch.ids) for batch in batches) / len(batches)
-        flops = (3 if kind == "sft" else 1) / len(batches) * sum(sft.forward_flops(
+        flops = (3 if kind == "sft" else 1) / len(batches) * sum(training.forward_flops(
             model.config, [b - a for a, b in zip(batch.segments, batch.segments[1:])],
             len(batch.ids) if kind == "sft" else 0) for batch in batches)
-        share = sft.mfu(flops, seconds, 1)
+        share = training.mfu(flops, seconds, 1)
         if ranks.rank == 0:
             name = f"{kind}, checkpointing {checkpointing}, compile {int(compile)}"
             print(f"{name:28s} {seconds:8.3f} {tokens / seconds:15.0f} {flops / seconds / 1e12:14.1f} "

@@ -8,8 +8,8 @@ from test_train import sampled_rows, step_of
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import distill
-import sft
 import verify
+from common import training
 from kl import COPIED
 
 
@@ -181,7 +181,7 @@ def test_the_toy_reads_all_but_the_instruction(qwen, mode):
 
 def test_a_moving_teacher_is_held_in_fp32(qwen, ranks):
     """A step that bf16 would round away moves it."""
-    student, teacher = (sft.load_model(qwen, ranks, sft.make_mesh(ranks), torch.bfloat16, trainable=trainable, held=torch.float32)
+    student, teacher = (training.load_model(qwen, ranks, training.make_mesh(ranks), torch.bfloat16, trainable=trainable, held=torch.float32)
                         for trainable in (True, False))
     with torch.no_grad():
         for p in student.parameters():

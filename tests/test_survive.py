@@ -21,6 +21,7 @@ from conftest import REPO, make_rows, read, seconds_of_children
 import sft
 import srt
 import verify
+from common import training
 from common.run import launch, mendable
 
 
@@ -215,10 +216,11 @@ def one_error(err):
 def test_a_failing_rank_ends_all(inputs, tmp_path):
     """Under torchrun: rank 1 fails while rank 0 waits for it; all end within a minute, with the message of rank 1."""
     script = tmp_path / "broken.py"
-    script.write_text(f"import sys; sys.path[:0] = [{str(REPO)!r}]\nimport os, sft\nfrom common.run import fail\nreal = sft.optimizer_step\n"
+    script.write_text(f"import sys; sys.path[:0] = [{str(REPO)!r}]\nimport os, sft\nfrom common import training\n"
+                      "from common.run import fail\nreal = training.optimizer_step\n"
                       "def broken(*args):\n    if os.environ['RANK'] == '1':\n"
                       "        fail('rank 1 cannot go on')\n"
-                      "    return real(*args)\nsft.optimizer_step = broken\nsft.main()\n")
+                      "    return real(*args)\ntraining.optimizer_step = broken\nsft.main()\n")
     began = time.time()
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script,
                            *map(str, inputs["sft.py"]), "--out", tmp_path / "out"], capture_output=True, text=True, timeout=100)
@@ -307,19 +309,19 @@ def test_an_unreadable_state(script, damage, inputs, whole, tmp_path):
 def out_of_memory(rank):
     def broken(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
-    sft.optimizer_step = broken
+    training.optimizer_step = broken
 
 
 def nan_gradient(rank):
     """From the fourth step on the gradients are nan."""
-    real, steps = sft.optimizer_step, []
+    real, steps = training.optimizer_step, []
 
     def broken(model, *args):
         steps.append(1)
         if len(steps) > 3:
             next(model.parameters()).grad.mul_(float("nan"))
         return real(model, *args)
-    sft.optimizer_step = broken
+    training.optimizer_step = broken
 
 
 @pytest.mark.parametrize("script", ["sft.py", "distill.py"])
@@ -339,7 +341,7 @@ def test_memory_and_nan(script, inputs, whole, tmp_path):
 def nodes_worker(model, problems_file, out):
     import test_train
     ranks = launch()
-    mesh = sft.make_mesh(ranks)
+    mesh = training.make_mesh(ranks)
     rows = test_train.sampled_rows(verify.load_tokenizer(model), "qwen", problems_file)[:8]
     split = [[0], [1, 2, 3], [], [4, 5, 6, 7]][ranks.rank] if ranks.world > 1 else range(8)
     result = test_train.step_of(ranks, model, rows, split, 150)

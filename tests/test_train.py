@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import distill
 import sft
 import verify
+from common import training
 from common.run import launch
 from common.sampler import Sample
 
@@ -96,7 +97,7 @@ def test_teacher_scores_after_x_y_phrase(family_model, ranks, problems_file):
     family, folder = family_model
     tokenizer = verify.load_tokenizer(folder)
     rows = sampled_rows(tokenizer, family, problems_file)[:5]
-    teacher = sft.load_model(folder, ranks, sft.make_mesh(ranks), torch.float32, trainable=False)
+    teacher = training.load_model(folder, ranks, training.make_mesh(ranks), torch.float32, trainable=False)
     states = distill.teacher_states(teacher, rows, 200, ranks.device)
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     head = plain.get_output_embeddings().weight
@@ -117,8 +118,8 @@ def test_packed_attention_equals_eager(family_model, ranks, problems_file):
     tokenizer = verify.load_tokenizer(folder)
     rows = [row.seen + row.y for row in sampled_rows(tokenizer, family, problems_file)[:6]] + [[5]]
     assert max(map(len, rows)) > 3 * 16
-    model = sft.load_model(folder, ranks, sft.make_mesh(ranks), torch.float32, trainable=False)
-    batch = sft.make_batch(rows, ranks.device)
+    model = training.load_model(folder, ranks, training.make_mesh(ranks), torch.float32, trainable=False)
+    batch = training.make_batch(rows, ranks.device)
     with torch.no_grad():
         packed = model(batch, torch.arange(len(batch.ids)), lambda hidden, head: hidden @ head.T)
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
@@ -130,10 +131,10 @@ def test_packed_attention_equals_eager(family_model, ranks, problems_file):
 
 def test_pack(ranks):
     lengths = [5, 9, 3, 8, 1, 20, 2]
-    bins = sft.pack(lengths, 10, ranks.device)
+    bins = training.pack(lengths, 10, ranks.device)
     assert sorted(i for b in bins for i in b) == list(range(7))
     assert all(sum(lengths[i] for i in b) <= 10 or len(b) == 1 for b in bins)
-    assert len(bins) == 4 and sft.pack([], 10, ranks.device) == []
+    assert len(bins) == 4 and training.pack([], 10, ranks.device) == []
 
 
 # ----------------------------------------------------------------------------- one loss, however it is split
@@ -141,9 +142,9 @@ def test_pack(ranks):
 
 def step_of(ranks, folder, rows, mine, budget, kind="reverse", **how):
     """Loss, gap and whole gradients of a step in which this rank has the rows `mine`; how: of load_model."""
-    mesh = sft.make_mesh(ranks)
-    student = sft.load_model(folder, ranks, mesh, torch.float32, **how)
-    teacher = sft.load_model(folder, ranks, mesh, torch.float32, trainable=False)
+    mesh = training.make_mesh(ranks)
+    student = training.load_model(folder, ranks, mesh, torch.float32, **how)
+    teacher = training.load_model(folder, ranks, mesh, torch.float32, trainable=False)
     args = type("Args", (), {"micro_tokens": budget, "kl": kind, "topk": 0})
     states = distill.teacher_states(teacher, [rows[i] for i in mine], budget, ranks.device)
     tokens = sum(len(row.y) for row in rows)
@@ -202,8 +203,9 @@ def test_checkpointing_keeps_attention(ranks, qwen, compiler):
 
     varlen._varlen_attn.register_kernel("cpu", attend)
     varlen._varlen_attn_backward.register_kernel("cpu", attend_backward)
-    model = sft.load_model(qwen, ranks, sft.make_mesh(ranks), torch.float32, checkpointing=True, compile=True)
-    batch = sft.make_batch([[5] * 64] * 4, ranks.device)._replace(segments=None)
+    model = training.load_model(qwen, ranks, training.make_mesh(ranks), torch.float32, checkpointing=True,
+                                compile=True)
+    batch = training.make_batch([[5] * 64] * 4, ranks.device)._replace(segments=None)
     model(batch, torch.arange(256), lambda hidden, head: hidden.sum()).backward()
     layers = model.config.num_hidden_layers
     assert calls == ["forward"] * layers + ["backward"] * layers
@@ -276,13 +278,13 @@ def test_checkpoint_gives_the_trainers_logits(ranks, tmp_path, problems_file, ti
     import toy
     folder = toy.tiny_qwen3(str(tmp_path / "base"), tie=tie)
     tokenizer = verify.load_tokenizer(folder)
-    model = sft.load_model(folder, ranks, sft.make_mesh(ranks), torch.float32)
-    optimizer = sft.make_optimizer(model, 0.0, (0.9, 0.95))
+    model = training.load_model(folder, ranks, training.make_mesh(ranks), torch.float32)
+    optimizer = training.make_optimizer(model, 0.0, (0.9, 0.95))
     rows = [row.x + row.y for row in sampled_rows(tokenizer, "qwen", problems_file)[:3]]
-    batch = sft.make_batch(rows, ranks.device)
+    batch = training.make_batch(rows, ranks.device)
     everything = torch.arange(len(batch.ids))
     model(batch, everything, lambda hidden, head: (hidden @ head.T).square().mean()).backward()
-    sft.optimizer_step(model, optimizer, 1e-2, 1.0)
+    training.optimizer_step(model, optimizer, 1e-2, 1.0)
     with torch.no_grad():
         ours = model(batch, everything, lambda hidden, head: hidden @ head.T)
     sft.save_model(str(tmp_path / "saved"), model, tokenizer, verify.PHRASES["paper"], torch.float32)
@@ -301,14 +303,14 @@ def test_state_goes_on_bitwise(ranks, qwen, tmp_path, problems_file, monkeypatch
     rows = [row.x + row.y for row in sampled_rows(verify.load_tokenizer(qwen), "qwen", problems_file)[:3]]
 
     def fresh():
-        model = sft.load_model(qwen, ranks, sft.make_mesh(ranks), torch.float32)
-        return model, sft.make_optimizer(model, 0.01, (0.9, 0.95))
+        model = training.load_model(qwen, ranks, training.make_mesh(ranks), torch.float32)
+        return model, training.make_optimizer(model, 0.01, (0.9, 0.95))
 
     def step(model, optimizer):
-        batch = sft.make_batch(rows, ranks.device)
+        batch = training.make_batch(rows, ranks.device)
         everything = torch.arange(len(batch.ids))
         model(batch, everything, lambda hidden, head: (hidden @ head.T).square().mean()).backward()
-        sft.optimizer_step(model, optimizer, 1e-2, 1.0)
+        training.optimizer_step(model, optimizer, 1e-2, 1.0)
 
     one = fresh()
     step(*one)
@@ -470,9 +472,9 @@ def test_flops_by_hand():
                                 sliding_window=None))
     weights = 8 * 8 + 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16
     pairs = 6 + 1
-    assert sft.forward_flops(config, [3, 1], 2) == 2 * weights * 4 + 4 * 4 * 2 * pairs + 2 * 2 * 8 * 10
+    assert training.forward_flops(config, [3, 1], 2) == 2 * weights * 4 + 4 * 4 * 2 * pairs + 2 * 2 * 8 * 10
     config.layer_types, config.sliding_window = ["sliding_attention"], 2
-    assert sft.forward_flops(config, [3, 1], 0) == 2 * weights * 4 + 4 * 4 * 2 * (5 + 1)
+    assert training.forward_flops(config, [3, 1], 0) == 2 * weights * 4 + 4 * 4 * 2 * (5 + 1)
 
 
 def test_step_problems_cover_each_epoch():
@@ -506,8 +508,8 @@ def test_the_best_checkpoints_stay(ranks, tmp_path):
 
 def test_the_teacher_does_not_train(qwen, ranks):
     """No dropout, no gradients (in a fresh model and a copy of the student); the copy's head is returned."""
-    student = sft.load_model(qwen, ranks, sft.make_mesh(ranks), torch.float32)
-    teacher = sft.load_model(qwen, ranks, sft.make_mesh(ranks), torch.float32, trainable=False)
+    student = training.load_model(qwen, ranks, training.make_mesh(ranks), torch.float32)
+    teacher = training.load_model(qwen, ranks, training.make_mesh(ranks), torch.float32, trainable=False)
     with torch.no_grad():
         for p in student.parameters():
             p.mul_(1.5)

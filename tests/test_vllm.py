@@ -11,6 +11,7 @@ import torch
 
 import sft
 import verify
+from common import training
 from common.sampler import Request, make_sampler, pick
 
 HAVE_VLLM = importlib.util.find_spec("vllm") is not None
@@ -42,7 +43,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trainers(models, ranks):
-    return {folder: sft.load_model(folder, ranks, sft.make_mesh(ranks), torch.float32, trainable=False)
+    return {folder: training.load_model(folder, ranks, training.make_mesh(ranks), torch.float32, trainable=False)
             for (kind, seed), folder in models.items() if seed == 0}
 
 
@@ -73,19 +74,19 @@ def test_sync_equals_a_fresh_engine(engine, kind, models, trainers, ranks, tmp_p
     old, new = models[kind, 0], models[kind, 1]
     tokenizer = verify.load_tokenizer(new)
     # as in distill.py the trainer's models come first: vLLM changes transformers' classes where it serves by them
-    trained, back = (sft.load_model(folder, ranks, sft.make_mesh(ranks), torch.float32) for folder in (new, old))
+    trained, back = (training.load_model(folder, ranks, training.make_mesh(ranks), torch.float32) for folder in (new, old))
     with torch.no_grad():  # not weights that lie in any folder yet
         for p in trained.parameters():
             p.mul_(1.01)
     sft.save_model(str(tmp_path / "saved"), trained, tokenizer, "qwen", torch.float32)
     sampler = sampler_of(engine, old, ranks)
     before = greedy(sampler, old)  # fills the prefix cache with the old weights' keys and values
-    sampler.load(sft.full_tensors(trained, torch.float32))
+    sampler.load(training.full_tensors(trained, torch.float32))
     after = greedy(sampler, old)
     assert after != before
     fresh = sampler_of(engine, str(tmp_path / "saved"), ranks)
     assert after == greedy(fresh, old)
-    sampler.load(sft.full_tensors(back, torch.float32))
+    sampler.load(training.full_tensors(back, torch.float32))
     assert greedy(sampler, old) == before
 
 
@@ -99,7 +100,7 @@ def test_logprobs_are_the_trainers(engine, kind, models, trainers, ranks):
         for x, sample in zip(prompts, sampler.generate(prompts, range(len(prompts)), max_tokens=20, **how)):
             select = torch.arange(len(x) - 1, len(x) + len(sample.ids) - 1)
             with torch.no_grad():
-                logp = trainers[folder](sft.make_batch([x + sample.ids], ranks.device), select,
+                logp = trainers[folder](training.make_batch([x + sample.ids], ranks.device), select,
                                         lambda hidden, head: (hidden @ head.T).log_softmax(-1))
             want = logp[torch.arange(len(sample.ids)), torch.tensor(sample.ids)]
             assert torch.allclose(torch.tensor(sample.logprobs), want, atol=2e-3)
