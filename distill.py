@@ -24,7 +24,6 @@ import gc
 import json
 import os
 import random
-import shutil
 import time
 from typing import NamedTuple
 
@@ -33,7 +32,7 @@ import torch.distributed as dist
 
 import sft
 import verify
-from common import run, training
+from common import checkpoint, run, training
 from common.run import fail, natural, positive, share, within
 from common.sampler import check_lengths, close, engine_name, hand_out, make_sampler, request_seed
 from kl import COPIED, KINDS, chunked_kl
@@ -148,19 +147,6 @@ def validate(sampler, judge, tokenizer, problems, prompts, args, ranks):
                                    [prompts[i] for i, _ in mine], seeds, args)
     right = sum_over_ranks(ranks, right=sum(v.result().correct for v in verdicts))["right"]
     return right / (len(problems) * args.val_samples)
-
-
-def keep_best(out, best, step, accuracy, save, keep=3):
-    """Saves out/best/step-N if it is among the `keep` best. best: [[accuracy, step]], best first."""
-    name = "step-{:06d}".format
-    there = [b for b in best if os.path.isdir(os.path.join(out, "best", name(b[1])))]  # a killed run's go
-    ranked = sorted(there + [[accuracy, step]], key=lambda b: (-b[0], b[1]))[:keep]
-    if [accuracy, step] in ranked:
-        save(os.path.join(out, "best", name(step)))
-    if dist.get_rank() == 0:
-        for folder in set(os.listdir(os.path.join(out, "best"))) - {name(kept) for _, kept in ranked}:
-            shutil.rmtree(os.path.join(out, "best", folder))  # also what a killed run has left
-    return ranked
 
 
 def step_problems(step, batch, total, seed):
@@ -337,15 +323,15 @@ def main():
         fail(f"--teacher {args.teacher} has {teacher.config.vocab_size} vocabulary entries, --model "
              f"{args.model} has {student.config.vocab_size}: the KL needs one vocabulary")
     optimizer = training.make_optimizer(student, args.weight_decay, betas=(0.9, 0.999))
-    tensors = lambda: sft.training_state(student, optimizer, teacher if moving else None)
+    tensors = lambda: checkpoint.training_state(student, optimizer, teacher if moving else None)
     progress = {"step": 0, "best": [], "history": [], "worse": None}
-    progress |= sft.load_state(args.out, tensors) or {}
+    progress |= checkpoint.load_state(args.out, tensors) or {}
     if progress["step"] > args.steps:
         fail(f"--steps {args.steps}: the run in {args.out} has made {progress['step']}; give at least as "
              "many, or --fresh")
     teacher_head = whole_head(teacher, args.dtype)
     metrics = sft.Metrics(args.out, progress["step"])
-    saver = sft.Saver(args.out, args.save_every, ranks.device)
+    saver = checkpoint.Saver(args.out, args.save_every, ranks.device)
     sampler = make_sampler(args.engine, args.model, tokenizer, longest + args.max_tokens, ranks.device,
                            args.dtype, args.vllm_memory)
     run.say(f"{len(problems)} problems ({sum(dropped.values())} dropped), {type(sampler).__name__}, "
@@ -353,12 +339,12 @@ def main():
             f"from step {progress['step']}")
 
     def save(path):
-        sft.save_model(path, student, tokenizer, phrases, args.dtype)
+        checkpoint.save_model(path, student, tokenizer, phrases, args.dtype)
 
     def check(step):
         """Accuracy before this step; the weights are kept if they are among the best."""
         accuracy = validate(sampler, judge, tokenizer, val_problems, val_prompts, args, ranks)
-        progress["best"] = keep_best(args.out, progress["best"], step, accuracy, save)
+        progress["best"] = checkpoint.keep_best(args.out, progress["best"], step, accuracy, save)
         return {"val_accuracy": accuracy}
 
     first, stop = progress["step"], warn(progress, args)

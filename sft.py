@@ -25,21 +25,18 @@ import math
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 import verify
-from common import run, training
+from common import checkpoint, run, training
 from common.run import fail, natural, positive, within
 from kl import chunked_ce
 
@@ -89,123 +86,6 @@ class Metrics:
             with contextlib.suppress(OSError):  # a picture is not worth a run
                 subprocess.Popen([sys.executable, script, os.path.dirname(self.path)], start_new_session=True,
                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-# ---- checkpoints
-def replace_folder(tmp, path):
-    """Renames a whole folder into place; rank 0 alone calls it."""
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(tmp, path)
-
-
-def save_model(path, model, tokenizer, phrases, dtype):
-    """A folder that transformers and vLLM load as it is, the phrases in its config. All ranks call it."""
-    from safetensors.torch import save_file
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in training.full_tensors(model, dtype)
-               if dist.get_rank() == 0}
-    if dist.get_rank() == 0:
-        tmp = path + ".tmp"
-        os.makedirs(tmp, exist_ok=True)
-        save_file(tensors, os.path.join(tmp, "model.safetensors"), metadata={"format": "pt"})
-        model.config.update({"sdzero_phrases": phrases, "dtype": dtype})
-        for part in (model.config, model.generation_config, tokenizer):
-            part.save_pretrained(tmp)
-        replace_folder(tmp, path)
-    dist.barrier()
-
-
-def training_state(model, optimizer, teacher=None):
-    """Every tensor that a run needs to go on, by name, sharded as it is. dcp loads into them in place."""
-    tensors = {}
-    for name, p in model.named_parameters():
-        if not optimizer.state[p]:  # AdamW makes it at its first step; a run that resumes needs it before
-            optimizer.state[p] = {"step": torch.zeros((), device=p.device),
-                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        tensors |= {name: p.detach(), **{f"{name}.{key}": value for key, value in optimizer.state[p].items()}}
-    if teacher is not None:
-        tensors |= {f"teacher.{name}": p.detach() for name, p in teacher.named_parameters()}
-    return tensors
-
-
-class Saver:
-    """
-    Saves out/state/step-N every `every` steps and after the last; the newest two stay. The loop waits only
-    while its tensors are copied to CPU memory; a thread writes the copy, with collectives of its own.
-    Catches SIGTERM and SIGINT from here on: after_step saves once and tells the loop to stop.
-    """
-
-    def __init__(self, out, every, device):
-        self.folder, self.every, self.device = Path(out, "state"), every, device
-        if dist.get_rank() == 0:
-            for half in self.folder.glob("*.tmp"):  # a killed run has left it
-                shutil.rmtree(half)
-        self.caught, self.group = run.catch_signals(), dist.new_group(backend="gloo")
-        self.thread, self.writing, self.copies = ThreadPoolExecutor(1), None, {}
-
-    def after_step(self, step, tensors, progress, last=False):
-        """
-        All ranks call it after each step. tensors(): what training_state gives; progress: what else to keep.
-        True if the loop must stop here, its state whole. Raises what broke the write before, as wait() does.
-        """
-        stop = torch.tensor(len(self.caught), device=self.device)
-        dist.all_reduce(stop)  # one rank's signal stops all ranks after the same step
-        if stop or last or step % self.every == 0:
-            self.save(step, tensors(), progress)
-        if stop:
-            self.wait()
-            run.say(f"stopped by a signal after step {step}; saved: the same command goes on from there")
-        return bool(stop)
-
-    def save(self, step, tensors, progress):
-        self.wait()
-        if not self.copies:
-            self.copies = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                self.copies[name].copy_(tensor)
-        writer = StateWriter(self.folder / f"step-{step:06d}", json.dumps(progress))
-        self.writing = self.thread.submit(dcp.save, self.copies, storage_writer=writer,
-                                          process_group=self.group)
-
-    def wait(self):
-        """Returns when what was saved is whole; raises what broke it, on every rank."""
-        if self.writing:
-            self.writing.result()
-            self.writing = None
-
-
-class StateWriter(dcp.FileSystemWriter):
-    """Writes a state beside its place, renames it when whole. What breaks on one rank, dcp raises on all."""
-
-    def __init__(self, place, progress):
-        super().__init__(f"{place}.tmp", per_thread_copy_ahead=0)  # or its thread would open GPU 0
-        self.place, self.progress = place, progress
-
-    def finish(self, metadata, results):  # called on rank 0, when all ranks have written
-        super().finish(metadata, results)
-        Path(self.path, "progress.json").write_text(self.progress)
-        replace_folder(self.path, self.place)
-        for old in states(self.place.parent)[:-2]:
-            shutil.rmtree(old)
-
-
-def states(folder):
-    """Whole states in out/state, oldest first."""
-    return sorted(Path(folder).glob("step-*[0-9]"))
-
-
-def load_state(out, tensors):
-    """Reads the newest whole state into tensors(), by any number of ranks. Its progress; None without one."""
-    found = states(Path(out, "state"))
-    if not found:
-        return None
-    try:
-        dcp.load(tensors(), checkpoint_id=found[-1])
-        return json.loads((found[-1] / "progress.json").read_text())
-    except (OSError, ValueError, dcp.CheckpointException) as e:
-        error = next(iter(e.failures.values()))[0] if isinstance(e, dcp.CheckpointException) else e
-        fail(f"the state {found[-1]} cannot be read ({error!r}); remove this folder, and the same command "
-             "goes on from the state before it")
 
 
 # ---- data
@@ -399,9 +279,10 @@ def main():
     model = training.load_model(args.model, ranks, training.make_mesh(ranks), args.dtype,
                                 checkpointing=args.checkpointing, compile=args.compile)
     optimizer = training.make_optimizer(model, args.weight_decay, betas=(0.9, 0.95))
-    progress = load_state(args.out, lambda: training_state(model, optimizer)) or {"step": 0}
+    tensors = lambda: checkpoint.training_state(model, optimizer)
+    progress = checkpoint.load_state(args.out, tensors) or {"step": 0}
     metrics = Metrics(args.out, progress["step"])
-    saver = Saver(args.out, args.save_every, ranks.device)
+    saver = checkpoint.Saver(args.out, args.save_every, ranks.device)
 
     steps = [args.epochs * math.ceil(len(examples) / args.batch) for _, examples in stages]
     plan = [(stage, step) for stage in range(len(stages)) for step in range(steps[stage])]
@@ -439,11 +320,11 @@ def main():
             run.say(f"warning: after y_init the model goes on with P_r with a probability of {p_r:.2g}: "
                     "it will not revise by itself. Too much of stage 2 does that: lower --stage2_size, "
                     "or give --objective sum (docs/real.md)")
-        if saver.after_step(number + 1, lambda: training_state(model, optimizer), {"step": number + 1}, last):
+        if saver.after_step(number + 1, tensors, {"step": number + 1}, last):
             return dist.destroy_process_group()
 
     saver.wait()
-    save_model(os.path.join(args.out, "final"), model, tokenizer, phrases, args.dtype)
+    checkpoint.save_model(os.path.join(args.out, "final"), model, tokenizer, phrases, args.dtype)
     if ranks.rank == 0:
         summary = {"counts": counts, "steps": len(plan), **vars(args), "dtype": str(args.dtype),
                    "phrases": phrases}

@@ -67,7 +67,7 @@ import torch.distributed.checkpoint as dcp
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sft
 import verify
-from common import training
+from common import checkpoint, training
 from common.run import launch
 from common.sampler import VLLMSampler
 from kl import chunked_ce
@@ -143,7 +143,7 @@ def draw_lengths(number, longest, seed):
 
 def time_state(folder, tensors, ranks):
     """Size of a training state, and seconds: that the loop waits for a save (twice), to write, to read."""
-    saver, waits, writes = sft.Saver(folder, 1, ranks.device), [], []
+    saver, waits, writes = checkpoint.Saver(folder, 1, ranks.device), [], []
     for step in (0, 1):
         shutil.rmtree(saver.folder, ignore_errors=True)  # two of them may not fit on the disk
         dist.barrier()
@@ -153,10 +153,10 @@ def time_state(folder, tensors, ranks):
         saver.wait()
         writes.append(time.perf_counter() - start - waits[-1])
     start = time.perf_counter()
-    dcp.load(tensors, checkpoint_id=sft.states(saver.folder)[-1])
+    dcp.load(tensors, checkpoint_id=checkpoint.states(saver.folder)[-1])
     loaded = time.perf_counter() - start
     if ranks.rank == 0:
-        size = sum(f.stat().st_size for f in Path(sft.states(saver.folder)[-1]).iterdir())
+        size = sum(f.stat().st_size for f in Path(checkpoint.states(saver.folder)[-1]).iterdir())
         print(f"state: {size / 2**30:.1f} GiB; the loop waits {waits[0]:.1f} and {waits[1]:.1f} s; "
               f"written in {writes[0]:.1f} and {writes[1]:.1f} s, loaded in {loaded:.1f} s", flush=True)
 
@@ -312,7 +312,7 @@ def ours_child(model):
     sys.argv = ["distill.py", "--model", model, "--data", str(folder / "data.jsonl"), "--out", str(folder / "out"), "--steps",
                 str(len(STEPS)), "--batch", str(ROWS), "--max_tokens", "2048", "--lr", "1e-6", "--vllm_memory", "0.2",
                 "--max_sync_gap", "1", "--save_every", "100"]
-    sft.save_model = lambda *_: None  # the last thing it does; not part of a step
+    checkpoint.save_model = lambda *_: None  # the last thing it does; not part of a step
     distill.main()
 
 
@@ -466,7 +466,7 @@ def main():
                   f"{f'{share:.1%}' if share else '-':>6s} {peak:9.1f} "
                   f"{torch._dynamo.utils.counters['stats']['unique_graphs']:7d} {syncs:6d}", flush=True)
         if args.state and kind == "sft":
-            time_state(args.state, sft.training_state(model, optimizer), ranks)
+            time_state(args.state, checkpoint.training_state(model, optimizer), ranks)
         del model, optimizer, micro_batch, step
         free()
         torch._dynamo.reset()

@@ -18,10 +18,9 @@ import torch
 import torch.distributed as dist
 from conftest import REPO, make_rows, read, seconds_of_children
 
-import sft
 import srt
 import verify
-from common import training
+from common import checkpoint, training
 from common.run import launch, mendable
 
 
@@ -266,14 +265,14 @@ def test_a_write_that_fails_on_one_rank_is_raised_on_all(where, broken_rank, tmp
     """After the same step, so that none waits for another; the state before it stays."""
     def steps():
         ranks = launch()
-        saver = sft.Saver(str(tmp_path / "o[1]"), 2, ranks.device)
+        saver = checkpoint.Saver(str(tmp_path / "o[1]"), 2, ranks.device)
         broken = lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
         for step in range(1, 200):
             if step == 4 and ranks.rank == broken_rank:
                 saver.wait()
                 writer = torch.distributed.checkpoint.filesystem.FileSystemWriter
                 module, name = {"begin": (writer, "prepare_local_plan"), "data": (writer, "write_data"),
-                                "end": (sft, "replace_folder")}[where]
+                                "end": (checkpoint, "replace_folder")}[where]
                 setattr(module, name, broken)
             try:
                 saver.after_step(step, lambda: {"a": torch.full((4,), float(step))}, {"step": step})

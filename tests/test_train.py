@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import distill
 import sft
 import verify
-from common import training
+from common import checkpoint, training
 from common.run import launch
 from common.sampler import Sample
 
@@ -287,7 +287,7 @@ def test_checkpoint_gives_the_trainers_logits(ranks, tmp_path, problems_file, ti
     training.optimizer_step(model, optimizer, 1e-2, 1.0)
     with torch.no_grad():
         ours = model(batch, everything, lambda hidden, head: hidden @ head.T)
-    sft.save_model(str(tmp_path / "saved"), model, tokenizer, verify.PHRASES["paper"], torch.float32)
+    checkpoint.save_model(str(tmp_path / "saved"), model, tokenizer, verify.PHRASES["paper"], torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager").eval()
     for row, got in zip(rows, ours.split(list(map(len, rows)))):
         with torch.no_grad():
@@ -315,12 +315,12 @@ def test_state_goes_on_bitwise(ranks, qwen, tmp_path, problems_file, monkeypatch
     one = fresh()
     step(*one)
     monkeypatch.setattr("common.run.catch_signals", list)  # pytest keeps its own
-    saver = sft.Saver(str(tmp_path), 1, ranks.device)
-    saver.save(1, sft.training_state(*one), {"step": 1})
+    saver = checkpoint.Saver(str(tmp_path), 1, ranks.device)
+    saver.save(1, checkpoint.training_state(*one), {"step": 1})
     step(*one)  # while the state is being written
     saver.wait()
     two = fresh()
-    progress = sft.load_state(str(tmp_path), lambda: sft.training_state(*two))
+    progress = checkpoint.load_state(str(tmp_path), lambda: checkpoint.training_state(*two))
     step(*two)
     assert progress == {"step": 1}
     for a, b in zip(one[0].parameters(), two[0].parameters()):
@@ -496,12 +496,12 @@ def test_the_best_checkpoints_stay(ranks, tmp_path):
     best = []
     (tmp_path / "best/step-000099.tmp").mkdir(parents=True)
     for step, accuracy in enumerate((0.1, 0.5, 0.3, 0.2, 0.5, 0.3)):
-        best = distill.keep_best(str(tmp_path), best, step, accuracy, lambda path: os.makedirs(path))
+        best = checkpoint.keep_best(str(tmp_path), best, step, accuracy, lambda path: os.makedirs(path))
     assert best == [[0.5, 1], [0.5, 4], [0.3, 2]]
     assert sorted(os.listdir(tmp_path / "best")) == ["step-000001", "step-000002", "step-000004"]
     # a run went on to 7 and was killed; its state is older
     os.rename(tmp_path / "best/step-000002", tmp_path / "best/step-000007")
-    best = distill.keep_best(str(tmp_path), best, 5, 0.1, lambda path: os.makedirs(path))
+    best = checkpoint.keep_best(str(tmp_path), best, 5, 0.1, lambda path: os.makedirs(path))
     assert best == [[0.5, 1], [0.5, 4], [0.1, 5]]
     assert sorted(os.listdir(tmp_path / "best")) == ["step-000001", "step-000004", "step-000005"]
 

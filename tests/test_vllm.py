@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-import sft
 import verify
-from common import training
+from common import checkpoint, training
 from common.sampler import Request, make_sampler, pick
 
 HAVE_VLLM = importlib.util.find_spec("vllm") is not None
@@ -78,7 +77,7 @@ def test_sync_equals_a_fresh_engine(engine, kind, models, trainers, ranks, tmp_p
     with torch.no_grad():  # not weights that lie in any folder yet
         for p in trained.parameters():
             p.mul_(1.01)
-    sft.save_model(str(tmp_path / "saved"), trained, tokenizer, "qwen", torch.float32)
+    checkpoint.save_model(str(tmp_path / "saved"), trained, tokenizer, "qwen", torch.float32)
     sampler = sampler_of(engine, old, ranks)
     before = greedy(sampler, old)  # fills the prefix cache with the old weights' keys and values
     sampler.load(training.full_tensors(trained, torch.float32))
