@@ -21,18 +21,16 @@ train on the wrong policy without a sign. A run that gets worse says so: a falli
 import argparse
 import functools
 import gc
-import json
 import os
 import random
-import time
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-import sft
 import verify
 from common import checkpoint, run, training
+from common.metrics import Clock, Metrics, flops_of, log, sum_over_ranks, tally, warn
 from common.run import fail, natural, positive, share, within
 from common.sampler import check_lengths, close, engine_name, hand_out, make_sampler, request_seed
 from kl import COPIED, KINDS, chunked_kl
@@ -121,13 +119,6 @@ def student_pass(student, rows, states, teacher_head, normaliser, args, ranks):
     return dict(zip(names, sums.tolist()))
 
 
-def sum_over_ranks(ranks, **numbers):
-    """{name: sum over all ranks}."""
-    total = torch.tensor(list(numbers.values()), dtype=torch.float64, device=ranks.device)
-    dist.all_reduce(total)
-    return dict(zip(numbers, total.tolist()))
-
-
 def sample_and_judge(sampler, judge, tokenizer, problems, prompts, seeds, args):
     """One y per problem, and the future of its verdict: judging goes on while others are being sampled."""
     samples, verdicts = [None] * len(prompts), [None] * len(prompts)
@@ -160,79 +151,6 @@ def step_problems(step, batch, total, seed):
     return [order(at // total)[at % total] for at in range(step * batch, (step + 1) * batch)]
 
 
-def worse(history):
-    """
-    What shows that a run gets worse, or None. history: [reward, truncated, entropy] of each step so far; the
-    means of the first 5 steps and of the last 10 are compared. docs/real.md: how the limits were chosen.
-    """
-    if len(history) < 15:
-        return None
-    mean = lambda steps: [sum(column) / len(steps) for column in zip(*steps)]
-    reward_0, truncated_0, entropy_0 = mean(history[:5])
-    reward, truncated, entropy = mean(history[-10:])
-    if reward < reward_0 / 2:
-        return f"the reward has fallen from {reward_0:.3f} to {reward:.3f}"
-    if truncated > max(0.5, truncated_0 + 0.1):
-        return f"{truncated:.0%} of the responses are truncated"
-    if entropy < entropy_0 / 5 and reward < reward_0:
-        return f"the entropy has fallen from {entropy_0:.3f} to {entropy:.3f}, and the reward has not risen"
-    return None
-
-
-def warn(progress, args):
-    """Says once that the run gets worse. True if it is to end here."""
-    why = progress["worse"] or worse(progress["history"])
-    if why and not progress["worse"]:
-        progress["worse"] = why
-        best = f" The best validation: {args.out}/best/step-{progress['best'][0][1]:06d}." if args.val else ""
-        run.say(f"warning: step {progress['step']}: {why}. The teacher may only copy y (see kl.py): lower "
-                f"--lr, or give SRT more wrong -> right tuples (docs/real.md).{best}")
-    return bool(why) and args.stop_when_worse
-
-
-class Clock:
-    """Seconds of each part of a step; waits for the GPU at the end of a part, not within."""
-
-    def __init__(self):
-        self.seconds, self.last = {}, time.time()
-
-    def lap(self, name):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.time()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
-        self.last = now
-
-
-def flops_of(student, teacher, rows):
-    """Floating-point operations of a step. The KL takes four products with a head for each token."""
-    return (training.forward_flops(teacher.config, [len(r.seen) + len(r.y) for r in rows], 0)
-            + 3 * training.forward_flops(student.config, [len(r.x) + len(r.y) for r in rows], 0)
-            + 4 * training.forward_flops(teacher.config, [], sum(len(r.y) for r in rows)))
-
-
-def log(metrics, args, ranks, step, sums, clock, **others):
-    """Writes and prints the row of a step; returns it. sums: by name, over what this rank had."""
-    sums = sum_over_ranks(ranks, **sums)
-    tokens, right, wrong = max(1, sums["tokens"]), sums["tokens_right"], sums["tokens"] - sums["tokens_right"]
-    spent = clock.seconds["teacher"] + clock.seconds["student"]
-    row = {"step": step, "loss": sums["loss"], "kl_right": sums["kl_right"] / right if right else None,
-           "kl_wrong": (sums["kl"] - sums["kl_right"]) / wrong if wrong else None,
-           **{name: sums[name] / tokens for name in ("entropy", "copied", "sync_gap")},
-           **{name: sums[name] / args.batch
-              for name in ("reward", "response_len", "truncated", "judge_failed")},
-           "tokens": int(sums["tokens"]), "seconds": sum(clock.seconds.values()),
-           **{f"seconds_{part}": seconds for part, seconds in clock.seconds.items()},
-           "mfu": training.mfu(sums["flops"], spent, ranks.world), **others}
-    more = f"  val {row['val_accuracy']:.3f}" if "val_accuracy" in row else ""
-    more += "" if row["updated"] else "  no update: no row has weight"
-    parts = " ".join(f"{part} {seconds:.1f}" for part, seconds in clock.seconds.items())
-    metrics.report(f"step {step + 1}/{args.steps}  KL {row['loss']:.4f}  reward {row['reward']:.3f}  length "
-                   f"{row['response_len']:.1f}  entropy {row['entropy']:.3f}  gap {row['sync_gap']:.4f}"
-                   f"{more}  ({parts})", row)
-    return row
-
-
 def whole_head(teacher, dtype):
     """[V, H], for the KL of all micro-batches."""
     return teacher.get_output_embeddings().weight.full_tensor().to(dtype)
@@ -252,7 +170,6 @@ def parse_args():
     add("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
     add("--out", required=True, help="folder: final/, best/, state/, metrics.jsonl")
     add("--teacher", help="default: --model")
-    add("--mode", type=verify.mode_flag, default="math", help=verify.MODE_HELP)
     add("--range", dest="range_", metavar="A:B", help="rows of the data; others than those of srt.py")
     # optimisation
     add("--steps", type=natural, default=400)
@@ -271,8 +188,7 @@ def parse_args():
     add("--top_p", type=share, default=1.0)
     add("--engine", type=engine_name, choices=("vllm", "hf"), help="default: vllm where it is installed")
     add("--vllm_memory", type=share, default=0.3, help="share of the GPU's memory for vLLM")
-    add("--judge_seconds", type=positive, default=5.0, help="limit of one verdict; for code, of one test")
-    add("--unsafe_no_sandbox", action="store_true", help=verify.UNSAFE)
+    verify.add_judge_flags(parser)
     # watching, validation and saving
     add("--max_sync_gap", type=positive, default=0.1, help="stop where sampler and trainer differ by more: "
         "healthy is 0.01-0.02 nats per token in bf16, stale weights give 0.2")
@@ -296,7 +212,7 @@ def main():
     tokenizer = verify.load_tokenizer(args.model)
     verify.same_vocabulary(args.model, tokenizer, args.teacher, verify.load_tokenizer(args.teacher))
     phrases = verify.phrases_of(args.teacher, args.phrases)
-    judge = verify.Judge(args.mode, limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox)
+    judge = verify.make_judge(args)
     problems, dropped = verify.load_problems(args.data, judge, args.range_)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     val_problems = verify.load_problems(args.val, judge, args.val_range)[0] if args.val else []
@@ -330,7 +246,7 @@ def main():
         fail(f"--steps {args.steps}: the run in {args.out} has made {progress['step']}; give at least as "
              "many, or --fresh")
     teacher_head = whole_head(teacher, args.dtype)
-    metrics = sft.Metrics(args.out, progress["step"])
+    metrics = Metrics(args.out, progress["step"])
     saver = checkpoint.Saver(args.out, args.save_every, ranks.device)
     sampler = make_sampler(args.engine, args.model, tokenizer, longest + args.max_tokens, ranks.device,
                            args.dtype, args.vllm_memory)
@@ -385,11 +301,7 @@ def main():
             move_teacher(teacher, student)
             teacher_head = whole_head(teacher, args.dtype)
 
-        sums |= {"tokens": sum(len(r.y) for r in rows),
-                 "tokens_right": sum(len(r.y) for r in rows if r.correct),
-                 "reward": sum(v.correct for v in verdicts), "response_len": sum(len(y.ids) for y in samples),
-                 "truncated": sum(y.truncated for y in samples), "flops": flops_of(student, teacher, rows),
-                 "judge_failed": sum(v.reason in ("timeout", "crash") for v in verdicts)}
+        sums |= tally(rows, samples, verdicts) | {"flops": flops_of(student, teacher, rows)}
         row = log(metrics, args, ranks, step, sums, clock, grad_norm=norm, lr=lr, updated=bool(weight),
                   **accuracy)
         if row["sync_gap"] > args.max_sync_gap:
@@ -416,9 +328,7 @@ def main():
             saver.save(args.steps, tensors(), progress)  # a larger --steps goes on from here
             saver.wait()
         save(os.path.join(args.out, "final"))
-        summary = {**vars(args), "dtype": str(args.dtype), "phrases": phrases, **progress, **accuracy}
-        if ranks.rank == 0:
-            run.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1))
+        run.finish(args, ranks, {"dtype": str(args.dtype), "phrases": phrases, **progress, **accuracy})
         best = f"; validation {accuracy['val_accuracy']:.3f}, best {progress['best']}" if args.val else ""
         run.say(f"saved {args.out}/final{best}")
     metrics.draw()

@@ -1,6 +1,5 @@
 """
-Phase 1b of SD-Zero: SFT on D_revision, so that one model generates and revises. Also distill.py's tools for
-training: packed attention, FSDP2, metrics, checkpoints.
+Phase 1b of SD-Zero: SFT on D_revision, so that one model generates and revises.
 
   a row is x + y_init + "\\n\\n" + P_r + "\\n\\n" + y_revised, one assistant turn; the loss is on
     generation   y_init, P_r, y_revised                                L_generation
@@ -19,17 +18,12 @@ are token ids as sampled, packed without padding, and do not see each other; log
     torchrun --nproc_per_node 4 sft.py ... the same        # as many ranks as --batch has sequences, at most
 """
 import argparse
-import contextlib
-import json
 import math
 import os
 import random
 import re
-import subprocess
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -37,6 +31,7 @@ import torch.distributed as dist
 
 import verify
 from common import checkpoint, run, training
+from common.metrics import Metrics
 from common.run import fail, natural, positive, within
 from kl import chunked_ce
 
@@ -45,50 +40,8 @@ FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype checkpointi
 FEW = 300  # wrong -> right tuples
 UNSAID = 0.3  # probability of P_r: .86 where SRT works (the demo), 1e-6 where not (docs/real.md)
 
-# ---- metrics
-def memory():
-    """GiB of this rank's GPU: peak_gb since the last call, held_gb now; 0 on a CPU."""
-    peak, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    return {"peak_gb": peak / 2**30, "held_gb": held / 2**30}
+# ----------------------------------------------------------------------------------------------------- data
 
-
-class Metrics:
-    """metrics.jsonl, a row for each step, by rank 0; rows from `step` on go: a resumed run makes new ones."""
-
-    def __init__(self, out, step):
-        self.path = os.path.join(out, "metrics.jsonl") if dist.get_rank() == 0 else None
-        self.steps, self.drawn = step, time.time()
-        if self.path and os.path.exists(self.path):
-            old = [row for _, row in run.read_jsonl(self.path, torn_ok=True) if row["step"] < step]
-            run.write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in old))
-
-    def report(self, title, row):
-        """Adds speed and memory to a row, writes it, and prints the line of this step, title first."""
-        row |= {"tokens_per_s": row["tokens"] / row["seconds"], **memory()}
-        self.steps = row["step"] + 1
-        if self.path:
-            with open(self.path, "a") as f:
-                f.write(json.dumps(row) + "\n")
-            on_gpu = f"  peak {row['peak_gb']:.2f} GiB, held {row['held_gb']:.2f}" if row["peak_gb"] else ""
-            on_gpu += f"  mfu {row['mfu']:.1%}" if row["mfu"] else ""
-            print(f"{title}  |g| {row['grad_norm']:.3f}  lr {row['lr']:.2e}  {row['seconds']:.2f} s  "
-                  f"{row['tokens_per_s']:.0f} tok/s{on_gpu}", flush=True)
-        if time.time() - self.drawn > 60:
-            self.draw()
-
-    def draw(self):
-        """Starts tests/report.py, if it is there, on curves.png in the run's folder; nothing waits for it."""
-        self.drawn = time.time()
-        script = Path(__file__).with_name("tests") / "report.py"
-        if self.path and self.steps >= 10 and script.exists():
-            with contextlib.suppress(OSError):  # a picture is not worth a run
-                subprocess.Popen([sys.executable, script, os.path.dirname(self.path)], start_new_session=True,
-                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-# ---- data
 # Openings of a model that believes a user has complained; D_revision has no such user.
 FLATTERY = re.compile(
     r"(?:\s*(?:(?:yes|indeed)[,!.]?\s+)?(?:"
@@ -205,7 +158,9 @@ def read_examples(path, objective, stage2_size, tokenizer, phrases, max_len, see
             for name, kept in stages], +counts  # those above 0
 
 
-# ---- main
+# ----------------------------------------------------------------------------------------------------- main
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description="SFT on D_revision (SRT, phase 1b).")
     add = parser.add_argument
@@ -325,10 +280,8 @@ def main():
 
     saver.wait()
     checkpoint.save_model(os.path.join(args.out, "final"), model, tokenizer, phrases, args.dtype)
-    if ranks.rank == 0:
-        summary = {"counts": counts, "steps": len(plan), **vars(args), "dtype": str(args.dtype),
-                   "phrases": phrases}
-        run.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1))
+    run.finish(args, ranks, {"dtype": str(args.dtype), "phrases": phrases, "counts": counts,
+                             "steps": len(plan)})
     metrics.draw()
     run.say(f"saved {args.out}/final")
     dist.destroy_process_group()

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import verify
 from common import run
-from common.run import fail, natural, positive, share, within
+from common.run import fail, natural, share, within
 from common.sampler import Request, check_lengths, close, engine_name, make_sampler, request_seed, serve
 
 # flags that a run that goes on may change: they decide neither what is asked nor how it is sampled
@@ -193,7 +193,6 @@ def parse_args():
     add("--model", required=True, help="Hugging Face folder or hub name")
     add("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
     add("--out", required=True, help="folder for responses, d_revision, summary.json")
-    add("--mode", type=verify.mode_flag, default="math", help=verify.MODE_HELP)
     add("--range", dest="range_", metavar="A:B", help="rows of the data, others in a phase")
     add("--max_problems", type=natural, help="at most so many problems")
     add("--eval", action="store_true", help="keep nothing: measure only")
@@ -212,8 +211,7 @@ def parse_args():
     add("--engine", type=engine_name, choices=("vllm", "hf"), help="default: vllm if there")
     add("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a cpu")
     add("--vllm_memory", type=share, default=0.85, help="share of the GPU's memory for vLLM")
-    add("--judge_seconds", type=positive, default=5.0, help="of a verdict; for code, a test")
-    add("--unsafe_no_sandbox", action="store_true", help=verify.UNSAFE)
+    verify.add_judge_flags(parser)
     add("--fresh", action="store_true", help="start over; an old --out is renamed")
     args = run.parse(parser)
     if args.num_revisions is None:
@@ -228,7 +226,7 @@ def main():
     ranks = run.launch()
     tokenizer = verify.load_tokenizer(args.model)
     phrases = verify.phrases_of(args.model, args.phrases)
-    judge = verify.Judge(args.mode, limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox)
+    judge = verify.make_judge(args)
     problems, dropped = verify.load_problems(args.data, judge, args.range_, args.max_problems)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     longest = check_lengths(args.model, prompts, args.max_tokens)
@@ -319,9 +317,8 @@ def main():
             write_rows(os.path.join(args.out, "d_revision.jsonl"), kept)
         found = {**summarise(rows, kept, args.num_responses, phrases), "seconds": round(seconds, 1),
                  "tokens_per_second": round(sum(tokens_of) / seconds, 1), "tokens_per_rank": tokens_of}
-        summary = {**vars(args), "engine": type(sampler).__name__, "phrases": phrases,
-                   "problems_dropped": dict(dropped), **found}
-        run.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1) + "\n")
+        run.finish(args, ranks, {"engine": type(sampler).__name__, "phrases": phrases,
+                                 "problems_dropped": dict(dropped), **found})
         for name, value in found.items():
             print(f"{name:28s} {round(value, 4) if isinstance(value, float) else value}")
         if not args.eval and args.num_revisions:

@@ -226,7 +226,6 @@ def teacher_reads(tokenizer, problem, x_ids, y_ids, correct, phrases):
 
 
 # ------------------------------------------------------------------------------------------------ verdicts
-MODE_HELP = "what judges: math, code, or the path of a verifier of your own, a .py file"
 UNSAFE = ("MODEL-WRITTEN PROGRAMS RUN WITH ALL YOUR RIGHTS: THEY CAN READ, CHANGE AND DELETE YOUR FILES AND "
           "USE YOUR NETWORK")
 
@@ -282,6 +281,20 @@ class Judge(contextlib.AbstractContextManager):
     __exit__ = close
 
 
+def add_judge_flags(parser):
+    """The flags of verdicts, the same in each script that asks for them."""
+    add = parser.add_argument
+    add("--mode", type=mode_flag, default="math",
+        help="what judges: math, code, or the path of a verifier of your own, a .py file")
+    add("--judge_seconds", type=positive, default=5.0, help="limit of one verdict; for code, of one test")
+    add("--unsafe_no_sandbox", action="store_true", help=UNSAFE)
+
+
+def make_judge(args):
+    """The Judge that these flags ask for."""
+    return Judge(args.mode, limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox)
+
+
 # --------------------------------------------------------------------------------------------- as a script
 
 
@@ -291,11 +304,9 @@ def main():
     add("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
     add("--responses", help="responses.jsonl of srt.py: judge it again, print what changed")
     add("--range", dest="range_", metavar="A:B", help="rows of the data")
-    add("--mode", type=mode_flag, default="math", help=MODE_HELP)
-    add("--judge_seconds", type=positive, default=5.0, help="of a verdict; for code, a test")
-    add("--unsafe_no_sandbox", action="store_true", help=UNSAFE)
+    add_judge_flags(parser)
     args = parser.parse_args()
-    with Judge(args.mode, limit=args.judge_seconds, sandbox=not args.unsafe_no_sandbox) as judge:
+    with make_judge(args) as judge:
         problems, dropped = load_problems(args.data, judge, args.range_)
         print(f"{args.data}: {len(problems)} kept, {sum(dropped.values())} dropped")
         for why, count in dropped.most_common():

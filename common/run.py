@@ -2,7 +2,7 @@
 A run's processes and folder: what every script does before and after its own work.
 
   processes   launch() -> Ranks; catch_signals(); say(), fail(): what a user reads, one rank's word
-  folder      open_out() makes --out, keeps other runs out of it and other flags; finished(): the run is done
+  folder      open_out() makes --out, keeps other runs out of it and other flags; finish(), finished()
   files       write_atomically(); read_jsonl(), need(): rows, and an error that names file, line and field
   flags       parse(), and types for argparse: within(), natural, positive, share
 
@@ -131,6 +131,13 @@ def finished(out, product, **wanted):
     if ended:
         say(f"{product} is there already: nothing to do (--fresh starts over)")
     return ended
+
+
+def finish(args, ranks, found):
+    """Writes summary.json, flags and what was found: the last file of a run, which finished() looks for."""
+    if ranks.rank == 0:
+        text = json.dumps(vars(args) | found, indent=1) + "\n"
+        write_atomically(os.path.join(args.out, "summary.json"), text)
 
 
 def say(message):

@@ -65,9 +65,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import sft
 import verify
 from common import checkpoint, training
+from common.metrics import Metrics, memory
 from common.run import launch
 from common.sampler import VLLMSampler
 from kl import chunked_ce
@@ -108,12 +108,12 @@ def measure(step, batches, warm_up=2):
     for batch in batches[:warm_up]:
         step(batch)
     sync()
-    sft.memory()
+    memory()
     start = time.perf_counter()
     for batch in batches:
         step(batch)
     sync()
-    return (time.perf_counter() - start) / len(batches), sft.memory()["peak_gb"]
+    return (time.perf_counter() - start) / len(batches), memory()["peak_gb"]
 
 
 def host_syncs(f):
@@ -211,12 +211,12 @@ def measure_memory(length, student, teacher, optimizer, ranks):
     head = teacher.get_output_embeddings().weight.full_tensor()
     others = torch.empty((BATCH - number) * length, width, dtype=head.dtype, device=ranks.device)
     for _ in range(2):  # the second has the optimizer's moments from its start
-        sft.memory()
+        memory()
         states = distill.teacher_states(teacher, rows, MICRO, ranks.device)
         distill.student_pass(student, rows, states, head, number * length, args, ranks)
         training.optimizer_step(student, optimizer, 1e-6, 1.0)
     del others
-    return sft.memory()["peak_gb"]
+    return memory()["peak_gb"]
 
 
 def expected_memory(shape, length, gpus):
@@ -301,14 +301,14 @@ def ours_child(model):
     VLLMSampler.room = lambda self, ids, max_tokens: (
         length_of(rows, ids) if max(ids) >= MARK and len(ids) == 128 and max_tokens == 2048 else max_tokens)
     distill.step_problems = lambda step, batch, total, seed: list(range(step * batch, (step + 1) * batch))
-    report = sft.Metrics.report
+    report = Metrics.report
 
     def report_both(self, title, row):
         report(self, title, row)
         report_step(row["step"], row["seconds_generate"] + row["seconds_sync"],
                     row["seconds_teacher"] + row["seconds_student"], row["seconds"], row["peak_gb"])
 
-    sft.Metrics.report = report_both
+    Metrics.report = report_both
     sys.argv = ["distill.py", "--model", model, "--data", str(folder / "data.jsonl"), "--out", str(folder / "out"), "--steps",
                 str(len(STEPS)), "--batch", str(ROWS), "--max_tokens", "2048", "--lr", "1e-6", "--vllm_memory", "0.2",
                 "--max_sync_gap", "1", "--save_every", "100"]
@@ -344,7 +344,7 @@ def trl_child(model):
         def on_step_end(self, args, state, control, **_):
             torch.cuda.synchronize()
             seconds = time.perf_counter() - clock["start"]
-            report_step(state.global_step - 1, clock["generate"], seconds - clock["generate"], seconds, sft.memory()["peak_gb"])
+            report_step(state.global_step - 1, clock["generate"], seconds - clock["generate"], seconds, memory()["peak_gb"])
 
     config = SDFTConfig(
         output_dir=tempfile.mkdtemp(), max_steps=len(STEPS), per_device_train_batch_size=2, gradient_accumulation_steps=ROWS // 2,

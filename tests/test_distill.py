@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 import distill
 import verify
 from common import training
+from common.metrics import worse
 from kl import COPIED
 
 
@@ -83,7 +84,7 @@ DIP = [.93, .85, .71, .59, .69, .84, .86, .88, .96, .89, .92, .93, .95, .95, .99
 
 def first_warning(history):
     """The number of steps after which a run that goes like this is called worse, or None."""
-    return next((n for n in range(len(history) + 1) if distill.worse(history[:n])), None)
+    return next((n for n in range(len(history) + 1) if worse(history[:n])), None)
 
 
 def test_worse():
@@ -95,8 +96,8 @@ def test_worse():
     assert first_warning([[r, 0, .1] for r in deep]) is None
     assert first_warning([[.5, min(1, i / 40), .3] for i in range(40)]) is not None  # ever more truncated
     assert first_warning([[.5, .9, .3]] * 40) is None  # a --max_tokens that was small from the start
-    assert "entropy" in distill.worse([[.5, 0, .3]] * 15 + [[.45, 0, .01]] * 10)
-    assert "reward" in distill.worse([[.5, 0, .3]] * 15 + [[.2, 0, .3]] * 10)
+    assert "entropy" in worse([[.5, 0, .3]] * 15 + [[.45, 0, .01]] * 10)
+    assert "reward" in worse([[.5, 0, .3]] * 15 + [[.2, 0, .3]] * 10)
 
 
 LOST = ["--steps", 40, "--batch", 8, "--lr", "3e-2", "--warmup", 0, "--max_tokens", 12, "--engine", "hf", "--max_sync_gap", 50,

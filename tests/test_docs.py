@@ -157,7 +157,7 @@ def unknown(span):
         defined = re.search(rf"^\s*(def|class) {match[1]}\b", TEXT, re.MULTILINE)
         return None if defined else f"no file defines {match[1]}"
     if re.fullmatch(r"[\w./-]+\.(py|md|txt|toml|diff|png)", span) and span not in OWN_FILES:
-        there = any((ROOT / folder / span).exists() for folder in ("", "docs", "tests", "verifiers"))
+        there = any((ROOT / folder / span).exists() for folder in (*FOLDERS, "docs"))
         made = Path(span).name in TEXT  # heatmap.html and buckets.png are written by a script
         return None if there or (made and not span.endswith((".py", ".md"))) else "no such file"
     if re.fullmatch(r"[\w./-]+\.(jsonl|json|html)", span):

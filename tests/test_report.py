@@ -1,12 +1,13 @@
 """Curves of one run and of several, from whole, torn and strange rows; the page at the end of make demo."""
 import json
 import math
+import sys
 import time
 
 import pytest
 from PIL import Image
 
-import sft
+from common.metrics import Metrics
 from tests import report
 
 
@@ -81,7 +82,7 @@ def test_several_runs(tmp_path, monkeypatch, capsys):
 
 def test_a_run_draws_itself(ranks, tmp_path, monkeypatch):
     """Once a minute and at its end, from 10 steps on, in a process of its own, whatever becomes of that."""
-    metrics = sft.Metrics(str(tmp_path), 0)
+    metrics = Metrics(str(tmp_path), 0)
     for row in distill_rows(10):
         metrics.draw()
         assert metrics.steps < 10 and not (tmp_path / "curves.png").exists()
@@ -94,7 +95,7 @@ def test_a_run_draws_itself(ranks, tmp_path, monkeypatch):
             break
         time.sleep(0.1)
     assert Image.open(tmp_path / "curves.png").width == 1200
-    monkeypatch.setattr(sft.sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
     metrics.draw()
 
 

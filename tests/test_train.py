@@ -17,6 +17,7 @@ import distill
 import sft
 import verify
 from common import checkpoint, training
+from common.metrics import sum_over_ranks
 from common.run import launch
 from common.sampler import Sample
 
@@ -150,7 +151,7 @@ def step_of(ranks, folder, rows, mine, budget, kind="reverse", **how):
     tokens = sum(len(row.y) for row in rows)
     head = teacher.get_output_embeddings().weight.full_tensor()
     sums = distill.student_pass(student, [rows[i] for i in mine], states, head, tokens, args, ranks)
-    sums = torch.tensor(list(distill.sum_over_ranks(ranks, **sums).values()))
+    sums = torch.tensor(list(sum_over_ranks(ranks, **sums).values()))
     return sums, {name: p.grad.full_tensor() for name, p in student.named_parameters()}
 
 
