@@ -37,7 +37,7 @@ from kl import COPIED, KINDS, chunked_kl
 
 # flags that a run that goes on may change: none of them changes the objective or what a step is made of
 FREE = ("steps lr warmup weight_decay clip val_every save_every max_sync_gap stop_when_worse micro_tokens "
-        "dtype checkpointing compile engine vllm_memory judge_seconds unsafe_no_sandbox")
+        "dtype checkpointing compile tracker engine vllm_memory judge_seconds unsafe_no_sandbox")
 
 
 class Row(NamedTuple):
@@ -246,7 +246,7 @@ def main():
         fail(f"--steps {args.steps}: the run in {args.out} has made {progress['step']}; give at least as "
              "many, or --fresh")
     teacher_head = whole_head(teacher, args.dtype)
-    metrics = Metrics(args.out, progress["step"])
+    metrics = Metrics(args.out, progress["step"], args.tracker)
     saver = checkpoint.Saver(args.out, args.save_every, ranks.device)
     sampler = make_sampler(args.engine, args.model, tokenizer, longest + args.max_tokens, ranks.device,
                            args.dtype, args.vllm_memory)
@@ -331,7 +331,7 @@ def main():
         run.finish(args, ranks, {"dtype": str(args.dtype), "phrases": phrases, **progress, **accuracy})
         best = f"; validation {accuracy['val_accuracy']:.3f}, best {progress['best']}" if args.val else ""
         run.say(f"saved {args.out}/final{best}")
-    metrics.draw()
+    metrics.close()
     close(judge, sampler)
 
 

@@ -36,7 +36,7 @@ from common.run import fail, natural, positive, within
 from kl import chunked_ce
 
 # flags that a run that goes on may change: none of them moves a row to another step
-FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype checkpointing compile"
+FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype checkpointing compile tracker"
 FEW = 300  # wrong -> right tuples
 UNSAID = 0.3  # probability of P_r: .86 where SRT works (the demo), 1e-6 where not (docs/real.md)
 
@@ -236,7 +236,7 @@ def main():
     optimizer = training.make_optimizer(model, args.weight_decay, betas=(0.9, 0.95))
     tensors = lambda: checkpoint.training_state(model, optimizer)
     progress = checkpoint.load_state(args.out, tensors) or {"step": 0}
-    metrics = Metrics(args.out, progress["step"])
+    metrics = Metrics(args.out, progress["step"], args.tracker)
     saver = checkpoint.Saver(args.out, args.save_every, ranks.device)
 
     steps = [args.epochs * math.ceil(len(examples) / args.batch) for _, examples in stages]
@@ -276,14 +276,15 @@ def main():
                     "it will not revise by itself. Too much of stage 2 does that: lower --stage2_size, "
                     "or give --objective sum (docs/real.md)")
         if saver.after_step(number + 1, tensors, {"step": number + 1}, last):
+            metrics.close()
             return dist.destroy_process_group()
 
     saver.wait()
     checkpoint.save_model(os.path.join(args.out, "final"), model, tokenizer, phrases, args.dtype)
     run.finish(args, ranks, {"dtype": str(args.dtype), "phrases": phrases, "counts": counts,
                              "steps": len(plan)})
-    metrics.draw()
     run.say(f"saved {args.out}/final")
+    metrics.close()
     dist.destroy_process_group()
 
 

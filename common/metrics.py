@@ -17,19 +17,24 @@ import torch
 import torch.distributed as dist
 
 from common import run, training
+from common.tracker import Tracker
 
 # ------------------------------------------------------------------------------------------ of any training
 
 
 class Metrics:
-    """metrics.jsonl, a row for each step, by rank 0; rows from `step` on go: a resumed run makes new ones."""
+    """
+    metrics.jsonl, a row for each step, by rank 0; rows from `step` on go: a resumed run makes new ones. A
+    --tracker is given each row too.
+    """
 
-    def __init__(self, out, step):
+    def __init__(self, out, step, tracker=None):
         self.path = os.path.join(out, "metrics.jsonl") if dist.get_rank() == 0 else None
-        self.steps, self.drawn = step, time.time()
+        self.steps, self.drawn, old = step, time.time(), []
         if self.path and os.path.exists(self.path):
             old = [row for _, row in run.read_jsonl(self.path, torn_ok=True) if row["step"] < step]
             run.write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in old))
+        self.tracker = Tracker(tracker, out, old) if tracker and self.path else None
 
     def report(self, title, row):
         """Adds speed and memory to a row, writes it, and prints the line of this step, title first."""
@@ -38,12 +43,20 @@ class Metrics:
         if self.path:
             with open(self.path, "a") as f:
                 f.write(json.dumps(row) + "\n")
+            if self.tracker:
+                self.tracker.send(row)
             on_gpu = f"  peak {row['peak_gb']:.2f} GiB, held {row['held_gb']:.2f}" if row["peak_gb"] else ""
             on_gpu += f"  mfu {row['mfu']:.1%}" if row["mfu"] else ""
             print(f"{title}  |g| {row['grad_norm']:.3f}  lr {row['lr']:.2e}  {row['seconds']:.2f} s  "
                   f"{row['tokens_per_s']:.0f} tok/s{on_gpu}", flush=True)
         if time.time() - self.drawn > 60:
             self.draw()
+
+    def close(self):
+        """Draws, and ends the tracker."""
+        self.draw()
+        if self.tracker:
+            self.tracker.close()
 
     def draw(self):
         """Starts tests/report.py, if it is there, on curves.png in the run's folder; nothing waits for it."""

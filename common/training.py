@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import verify
 from common.run import fail, natural, say
+from common.tracker import TRACKER_HELP, TRACKERS, tracker_name
 
 # ------------------------------------------------------------------------------------- rows without padding
 
@@ -224,6 +225,7 @@ def add_training_flags(parser):
     add("--compile", type=int, choices=(0, 1), default=int(cuda), help="each block; default: 1 on cuda")
     add("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
     add("--seed", type=int, default=0)
+    add("--tracker", type=tracker_name, choices=TRACKERS, help=TRACKER_HELP)
     add("--fresh", action="store_true", help="start over; an old --out is renamed, not deleted")
 
 
