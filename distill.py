@@ -32,6 +32,7 @@ import verify
 from common import checkpoint, run, training
 from common.metrics import Clock, Metrics, flops_of, log, sum_over_ranks, tally, warn
 from common.run import fail, natural, positive, share, within
+from common.samples import SHOWN, add_samples, cut_samples
 from common.sampler import check_lengths, close, engine_name, hand_out, make_sampler, request_seed
 from kl import COPIED, KINDS, chunked_kl
 
@@ -131,13 +132,23 @@ def sample_and_judge(sampler, judge, tokenizer, problems, prompts, seeds, args):
 
 
 def validate(sampler, judge, tokenizer, problems, prompts, args, ranks):
-    """avg@k over the validation problems (k = --val_samples), all ranks sharing the work."""
+    """
+    avg@k over the validation problems (k = --val_samples), all ranks sharing the work; and what samples.md
+    shows, the first response to each of the first problems.
+    """
     mine = [(i, k) for i in range(len(problems)) for k in range(args.val_samples)][ranks.rank::ranks.world]
     seeds = [request_seed(args.seed, "val", problems[i].id, k) for i, k in mine]
-    _, verdicts = sample_and_judge(sampler, judge, tokenizer, [problems[i] for i, _ in mine],
-                                   [prompts[i] for i, _ in mine], seeds, args)
-    right = sum_over_ranks(ranks, right=sum(v.result().correct for v in verdicts))["right"]
-    return right / (len(problems) * args.val_samples)
+    ys, verdicts = sample_and_judge(sampler, judge, tokenizer, [problems[i] for i, _ in mine],
+                                    [prompts[i] for i, _ in mine], seeds, args)
+    verdicts = [verdict.result() for verdict in verdicts]
+    right = sum_over_ranks(ranks, right=sum(v.correct for v in verdicts))["right"]
+    shown = [(i, problems[i].id, verdict.reason, len(y.ids), y.truncated,
+              tokenizer.decode(y.ids, skip_special_tokens=True))
+             for (i, k), y, verdict in zip(mine, ys, verdicts) if i < SHOWN and k == 0]
+    each = [None] * ranks.world
+    dist.all_gather_object(each, shown)
+    shown = [response for _, *response in sorted(sum(each, []))]
+    return right / (len(problems) * args.val_samples), shown
 
 
 def step_problems(step, batch, total, seed):
@@ -247,6 +258,8 @@ def main():
              "many, or --fresh")
     teacher_head = whole_head(teacher, args.dtype)
     metrics = Metrics(args.out, progress["step"], args.tracker)
+    if ranks.rank == 0:
+        cut_samples(args.out, progress["step"] + 1)  # this step's section is of these very weights
     saver = checkpoint.Saver(args.out, args.save_every, ranks.device)
     sampler = make_sampler(args.engine, args.model, tokenizer, longest + args.max_tokens, ranks.device,
                            args.dtype, args.vllm_memory)
@@ -258,8 +271,10 @@ def main():
         checkpoint.save_model(path, student, tokenizer, phrases, args.dtype)
 
     def check(step):
-        """Accuracy before this step; the weights are kept if they are among the best."""
-        accuracy = validate(sampler, judge, tokenizer, val_problems, val_prompts, args, ranks)
+        """Accuracy before this step, and samples.md; the weights are kept if they are among the best."""
+        accuracy, shown = validate(sampler, judge, tokenizer, val_problems, val_prompts, args, ranks)
+        if ranks.rank == 0:
+            add_samples(args.out, step, shown)
         progress["best"] = checkpoint.keep_best(args.out, progress["best"], step, accuracy, save)
         return {"val_accuracy": accuracy}
 

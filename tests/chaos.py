@@ -159,6 +159,7 @@ def equal(script, a, b):
         extra = len(keys) == len(set(keys)) and not list(b.glob("responses.rank*"))
     else:
         same = ["final/model.safetensors"] + [f"best/{path.name}/model.safetensors" for path in a.glob("best/*")]
+        same += [path.name for path in a.glob("samples.md")]
         losses = [[(row["step"], row["loss"]) for row in read(out / "metrics.jsonl")] for out in (a, b)]
         extra = losses[0] == losses[1]
     return extra and all(filecmp.cmp(a / name, b / name, shallow=False) for name in same)
