@@ -21,10 +21,12 @@ FOLDERS = (".", "common", "verifiers", "tests")
 SOURCES = [*(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py")), ROOT / "Makefile"]
 TEXT = "\n".join(path.read_text() for path in SOURCES if path.name != "test_docs.py")
 WORDS = set(re.findall(r"\w+", TEXT))
+OTHERS = "pip ", "srun ", "sysctl ", "apt-get ", "docker ", "tensorboard "  # commands that are not ours
 # of torchrun
 OTHER_FLAGS = set("--nproc_per_node --nnodes --node_rank --master_addr --master_port --standalone".split())
 OWN_FILES = {"my_reward.py", "x.py"}  # stand for the reader's own, for any script
-OTHER_WORDS = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
+OTHER_WORDS = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "WANDB_PROJECT"}
+MADE_PAGES = {"samples.md"}  # a script writes it
 
 
 # ----------------------------------------------------------------------------------------- what is in a page
@@ -142,7 +144,7 @@ def all_flags():
 def unknown(span):
     """Why what stands between backticks names something that is not there, or None."""
     flags = set(re.findall(r"(?<!\S)--[a-z]\w*", span)) - OTHER_FLAGS
-    if not span.startswith(("pip ", "srun ", "sysctl ", "apt-get ", "docker ")) and flags - all_flags():
+    if not span.startswith(OTHERS) and flags - all_flags():
         return f"no script has {', '.join(flags - all_flags())}"
     if match := re.match(r"make ([a-z]+)", span):
         return None if re.search(rf"^{match[1]}:", TEXT, re.MULTILINE) else f"the Makefile has no {match[1]}"
@@ -156,7 +158,7 @@ def unknown(span):
     if match := re.fullmatch(r"([A-Za-z_]\w*)\(.*\)", span):
         defined = re.search(rf"^\s*(def|class) {match[1]}\b", TEXT, re.MULTILINE)
         return None if defined else f"no file defines {match[1]}"
-    if re.fullmatch(r"[\w./-]+\.(py|md|txt|toml|diff|png)", span) and span not in OWN_FILES:
+    if re.fullmatch(r"[\w./-]+\.(py|md|txt|toml|diff|png)", span) and span not in OWN_FILES | MADE_PAGES:
         there = any((ROOT / folder / span).exists() for folder in (*FOLDERS, "docs"))
         made = Path(span).name in TEXT  # heatmap.html and buckets.png are written by a script
         return None if there or (made and not span.endswith((".py", ".md"))) else "no such file"
