@@ -1,5 +1,5 @@
 # make demo   a base model, RFT, SRT and SD-Zero at toy scale, from scratch: a table and runs/demo/report.html
-# make test   the tests
+# make test   the tests; where there is a GPU, then those of it alone
 # make real   the same on a real model and data set, a GPU or more: MODEL=, DATA= (or TRAIN= and TEST=)
 # make bench  speed, as ratios in one run (the GPU parts need a GPU)
 # make chaos  30 runs of the scripts, killed at random moments and resumed: about 15 minutes
@@ -34,6 +34,7 @@ setup: .venv/.done-$(STACK)
 test: setup
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q --disable-warnings -rs -n 2 --dist loadfile --no-loadscope-reorder --durations 15 tests
+	$(if $(GPU),$(PY) -m pytest -q --disable-warnings -rs --durations 15 tests/test_gpu.py)
 
 bench: setup
 	for bench in tests/bench_*.py; do echo "== $$bench"; $(PY) $$bench || exit 1; done
@@ -43,10 +44,12 @@ chaos: setup
 
 # ------------------------------------------------------------------------------------------------------------ demo
 # The real scripts by their command lines. The engine is transformers on every machine: at 0.2 M parameters its batches are
-# faster than vLLM's start. One thread: a second one waits more than it works.
+# faster than vLLM's start. One thread: a second one waits more than it works. No GPU: a model this small has no use for one, and
+# the bf16, torch.compile and checkpointing of a GPU would make another table.
 
 SAMPLE := --temperature 1.0 --top_p 1.0 --max_tokens 96 --engine hf
 TOY := $(OUT)/toy
+demo: export CUDA_VISIBLE_DEVICES :=
 demo: export OMP_NUM_THREADS := 1
 demo: export PYTHONWARNINGS := ignore
 demo: setup

@@ -1,5 +1,6 @@
 """What the tests share: tiny models, rows of D_revision made by hand, and a way to run the real scripts."""
 import fcntl
+import importlib.util
 import json
 import os
 import resource
@@ -16,6 +17,21 @@ import numpy as np
 import pytest
 
 SHARED = REPO.parent / "shared"
+
+
+def pytest_configure(config):
+    """
+    Only test_gpu.py, asked for by itself, sees a GPU: the other tests hold bits or float32, and fork. Here nothing has opened CUDA
+    yet, in pytest nor in its workers; what the tests start inherits the variable.
+    """
+    if {Path(arg.split("::")[0]).name for arg in config.args} != {"test_gpu.py"}:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def have_vllm():
+    """Whether vLLM is here and runs where the GPU is hidden: its CUDA build, beside torch's, does not."""
+    import torch
+    return importlib.util.find_spec("vllm") is not None and not torch.version.cuda
 
 
 def pytest_collection_modifyitems(items):

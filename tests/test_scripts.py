@@ -1,6 +1,5 @@
 """The real scripts by their command lines, with tiny numbers: alone, with two processes, resumed, with Olmo 3, with vLLM."""
 import asyncio
-import importlib.util
 import json
 import os
 import shutil
@@ -8,7 +7,7 @@ from collections import deque
 from types import SimpleNamespace
 
 import pytest
-from conftest import SHARED, make_rows, read, run
+from conftest import SHARED, have_vllm, make_rows, read, run
 from safetensors.torch import load_file
 
 import srt
@@ -16,7 +15,6 @@ import verify
 from common.run import Ranks
 from common.sampler import Request, Sample, serve
 
-HAVE_VLLM = importlib.util.find_spec("vllm") is not None
 SRT = ["--max_tokens", 40, "--engine", "hf", "--num_revisions", 2]
 SFT = ["--batch", 3, "--lr", "1e-3", "--stage2_size", 20, "--epochs", 1, "--save_every", 5]
 DISTILL = ["--steps", 4, "--batch", 5, "--lr", "1e-3", "--warmup", 1, "--max_tokens", 40, "--engine", "hf", "--save_every", 2]
@@ -404,7 +402,7 @@ def test_judging_again(collected, problems_file, tmp_path):
     assert f"{path}:5:" in out and "1 changed" in out and "120 judged" in out
 
 
-@pytest.mark.skipif(not HAVE_VLLM, reason="vLLM is not installed")
+@pytest.mark.skipif(not have_vllm(), reason="vLLM's CPU build is not installed")
 def test_vllm_under_torchrun(qwen, problems_file, tmp_path):
     """One engine per rank, different numbers of requests, weights synchronised: the whole of phase 2, and srt.py."""
     how = ["--engine", "vllm", "--max_tokens", 24]

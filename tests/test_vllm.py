@@ -1,22 +1,22 @@
 """
-Both samplers: what they return, and that weights reach them. The vLLM half runs where vLLM (or its CPU build) is installed.
+Both samplers: what they return, and that weights reach them. The vLLM half runs where its CPU build is installed (on a GPU: test_gpu.py).
 conftest.py runs it last: vLLM takes the process group down when an engine ends.
 """
-import importlib.util
 import os
 
 import numpy as np
 import pytest
 import torch
+from conftest import have_vllm
 
 import verify
 from common import checkpoint, training
 from common.sampler import Request, make_sampler, pick
 
-HAVE_VLLM = importlib.util.find_spec("vllm") is not None
+HAVE_VLLM = have_vllm()
 if os.environ.get("REQUIRE_VLLM") and not HAVE_VLLM:
-    raise RuntimeError("REQUIRE_VLLM is set and vLLM is not installed")
-NEEDS_VLLM = pytest.mark.skipif(not HAVE_VLLM, reason="vLLM is not installed")
+    raise RuntimeError("REQUIRE_VLLM is set and vLLM's CPU build is not installed")
+NEEDS_VLLM = pytest.mark.skipif(not HAVE_VLLM, reason="vLLM's CPU build is not installed")
 ENGINES = ["hf", pytest.param("vllm", marks=NEEDS_VLLM)]
 engines = {}
 
