@@ -3,7 +3,7 @@ What only a GPU has: bf16 through varlen_attn, compiled kernels, checkpointing, 
 where there is no GPU; conftest.py hides it from all other tests and from any command that asks for more than
 this file:
 
-    python -m pytest -q --disable-warnings -rs tests/test_gpu.py        # five minutes on one H100
+    python -m pytest -q --disable-warnings -rs tests/test_gpu.py
 
 Models are small and random, their weights representable in bf16, so that a float32 or float64 run on the CPU
 has the same ones. Each check is also shown a planted fault, and must see it. -rP prints how far what was
@@ -44,8 +44,8 @@ on_gpu = pytest.mark.skipif(not GPUS, reason=NO_GPU)
 HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}  # for a reference on the CPU
 
 # ----------------------------------------------------------------------------------------------------- models
-# 256 wide, 4 heads of 64 (2 of k and v), which FlashAttention takes; 512 tokens: the toy's, then <0>, <1>,
-# ...
+# 256 wide, 4 heads of 64 (2 of k and v), which FlashAttention takes; 512 tokens: the toy's and then <0>, <1>
+# and so on
 
 LAYERS = {"qwen2": 2, "qwen3": 2, "olmo3": 4}
 WINDOW = 8  # of Olmo 3, in three of its four layers
@@ -155,8 +155,8 @@ def must_see(check, *args):
 
 
 def workers():
-    """How many scripts to run at once: each starts processes of its own that compile."""
-    return max(1, len(os.sched_getaffinity(0)) // 3)
+    """How many scripts to run at once: each has processes of its own that compile."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 # -------------------------------------------------------------------------------------------------- attention
