@@ -34,9 +34,11 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 import kl
-from sft import full_tensors, load_model, make_batch, make_mesh, packed_attention, save_model, states
-from srt import VLLMSampler
-from verify import PHRASES, launch, load_tokenizer
+from common.checkpoint import save_model, states
+from common.run import launch
+from common.sampler import VLLMSampler
+from common.training import full_tensors, load_model, make_batch, make_mesh, packed_attention
+from verify import PHRASES, load_tokenizer
 
 GPUS = torch.cuda.device_count()
 NO_GPU = "no GPU, or it is hidden: `pytest tests/test_gpu.py` alone sees it"
