@@ -56,7 +56,7 @@ demo: setup
 	$(PY) tests/toy.py --out $(TOY) --seed $(SEED)
 	@echo "== SRT: collect D_revision, then two-stage SFT"
 	$(PY) srt.py --model $(TOY)/base --data $(TOY)/train.jsonl --range 0:1024 --num_revisions 1 --target 0 --out $(OUT)/collect $(SAMPLE)
-	$(PY) sft.py --model $(TOY)/base --data $(OUT)/collect/d_revision.jsonl --out $(OUT)/srt --batch 32 --epochs 6 --lr 5e-4 --stage2_lr 3e-4 --stage2_size 160
+	$(PY) sft.py --model $(TOY)/base --data $(OUT)/collect/d_revision.jsonl --out $(OUT)/srt --batch 32 --epochs 6 --lr 5e-4 --objective two-stage --stage2_lr 3e-4 --stage2_size 160
 	@echo "== RFT: the baseline, with as many generations"
 	$(PY) srt.py --model $(TOY)/base --data $(TOY)/train.jsonl --range 0:1024 --num_responses 2 --num_revisions 0 --target 0 --out $(OUT)/collect_rft $(SAMPLE)
 	$(PY) sft.py --model $(TOY)/base --objective rft --data $(OUT)/collect_rft/responses.jsonl --out $(OUT)/rft --batch 32 --epochs 6 --lr 5e-4
@@ -79,27 +79,27 @@ TRAIN ?= $(DATA)@train
 TEST ?= $(DATA)@test
 REAL ?= runs/real
 ROWS ?= 0:4000 4000:7200 7200:
-STEPS ?= 60
+STEPS ?= 20
 KL ?= reverse
 SAMPLES ?= 2
-STAGE2 ?= 600
-OBJECTIVE ?= two-stage
+LR ?= 2e-6
+OBJECTIVE ?= sum
 TOKENS ?= 1024
 MORE ?=
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 RUN = $(if $(filter-out 0 1,$(GPUS)),$(PY) -m torch.distributed.run --standalone --nproc_per_node $(GPUS),$(PY))
 HOW = --max_tokens $(TOKENS) $(MORE)
 real: setup
-	$(RUN) srt.py --model $(MODEL) --data $(TRAIN) --range $(word 1,$(ROWS)) --num_responses 2 --num_revisions 4 --target 0 --out $(REAL)/collect $(HOW)
-	$(RUN) sft.py --model $(MODEL) --data $(REAL)/collect/d_revision.jsonl --out $(REAL)/srt --batch 16 --epochs 2 --lr 1e-5 --objective $(OBJECTIVE) --stage2_size $(STAGE2)
+	$(RUN) srt.py --model $(MODEL) --data $(TRAIN) --range $(word 1,$(ROWS)) --num_responses 2 --num_revisions 4 --revisions_of_right 1 --target 0 --out $(REAL)/collect $(HOW)
+	$(RUN) sft.py --model $(MODEL) --data $(REAL)/collect/d_revision.jsonl --out $(REAL)/srt --batch 16 --epochs 1 --lr 1e-5 --objective $(OBJECTIVE)
 	@echo "== RFT: the baseline, with as many generations"
-	$(RUN) srt.py --model $(MODEL) --data $(TRAIN) --range $(word 1,$(ROWS)) --num_responses 10 --num_revisions 0 --target 0 --out $(REAL)/collect_rft $(HOW)
+	$(RUN) srt.py --model $(MODEL) --data $(TRAIN) --range $(word 1,$(ROWS)) --num_responses 6 --num_revisions 0 --target 0 --out $(REAL)/collect_rft $(HOW)
 	$(RUN) sft.py --model $(MODEL) --objective rft --data $(REAL)/collect_rft/responses.jsonl --out $(REAL)/rft --batch 16 --epochs 1 --lr 1e-5
 	@echo "== does the teacher correct, or copy?"
 	$(PY) kl.py --student $(REAL)/srt/final --teacher $(REAL)/srt/final --responses $(REAL)/collect/responses.jsonl --out $(REAL)/kl
 	@echo "== SD-Zero"
-	$(RUN) distill.py --model $(REAL)/srt/final --data $(TRAIN) --range $(word 2,$(ROWS)) --val $(TRAIN) --val_range $(word 3,$(ROWS)) --val_samples 2 \
-	  --out $(REAL)/sdzero --steps $(STEPS) --lr 5e-6 --warmup 5 --kl $(KL) $(HOW)
+	$(RUN) distill.py --model $(REAL)/srt/final --data $(TRAIN) --range $(word 2,$(ROWS)) --val $(TRAIN) --val_range $(word 3,$(ROWS)) --val_samples 2 --val_every 5 \
+	  --out $(REAL)/sdzero --steps $(STEPS) --lr $(LR) --warmup 5 --kl $(KL) $(HOW)
 	@echo "== evaluation"
 	for m in base:$(MODEL) rft:$(REAL)/rft/final srt:$(REAL)/srt/final sdzero:$(REAL)/sdzero/final; do \
 	  $(RUN) srt.py --eval --model $${m#*:} --data $(TEST) --num_responses $(SAMPLES) --num_revisions 1 --temperature 0.7 --out $(REAL)/eval/$${m%%:*} $(HOW) || exit 1; done

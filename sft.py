@@ -4,8 +4,8 @@ Phase 1b of SD-Zero: SFT on D_revision, so that one model generates and revises.
   a row is x + y_init + "\\n\\n" + P_r + "\\n\\n" + y_revised, one assistant turn; the loss is on
     generation   y_init, P_r, y_revised                                L_generation
     revision     y_revised                                             L_revision
-    sum          L_revision + L_generation (y_revised counts twice)    the paper's L_SRT
-    two-stage    stage 1: generation on tuples with a wrong y_init     the official code, and the default
+    sum          L_revision + L_generation (y_revised counts twice)    the paper's L_SRT, and the default
+    two-stage    stage 1: generation on tuples with a wrong y_init     the official code
                  stage 2: revision on --stage2_size others, those with a right y_init first
     rft          y_init of x + y_init, right ones only                 the baseline
   loss of a step = sum of w_t * -log p(token_t) over the global batch / number of its tokens with w_t > 0,
@@ -167,8 +167,8 @@ def parse_args():
     add("--model", required=True, help="Hugging Face folder or hub name")
     add("--data", required=True, help="d_revision.jsonl (for rft also responses.jsonl) of srt.py")
     add("--out", required=True, help="folder: final/ (the model), state/, metrics.jsonl")
-    add("--objective", choices=("two-stage", "sum", "generation", "revision", "rft"), default="two-stage")
-    add("--stage2_size", type=natural, default=2000, help="tuples of stage 2, right y_init first")
+    add("--objective", choices=("sum", "two-stage", "generation", "revision", "rft"), default="sum")
+    add("--stage2_size", type=natural, default=2000, help="of two-stage: tuples, right y_init first")
     add("--epochs", type=natural, default=3)
     add("--batch", type=natural, default=4, help="sequences of a step, over all ranks")
     add("--max_len", type=natural, default=32768, help="longer rows, or than the model takes, are dropped")

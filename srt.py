@@ -80,6 +80,13 @@ def write_rows(path, rows):
     run.write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def first_answer(y_init, phrases):
+    """What stands before the first P_r that a response says by itself; and whether it says right, or None."""
+    at, says_right = min(((y_init.find(p_r), says_right) for says_right, p_r in enumerate(phrases)
+                          if p_r in y_init), default=(len(y_init), None))
+    return y_init[:at], says_right
+
+
 def tuples(rows):
     """The revisions among the rows of responses.jsonl, each with the fields of its y_init before its own."""
     inits = {row_key(row)[:2]: row for row in rows if row["kind"] == "init"}
@@ -119,8 +126,13 @@ def summarise(rows, kept, num_responses, phrases):
         by_problem.setdefault(row["id"], []).append(row["y_init_correct"])
     s = {"problems": len(by_problem), **measures("init", inits), **measures("revised", revised)}
     p, q, verdicts = s["init_accuracy"], s["revised_accuracy"], s["revised_verdicts"]
-    # y_init that correct themselves: what SRT is to teach, beside revising when told to
-    s["init_self_revised"] = mean(any(p_r in row["y_init"] for p_r in phrases) for row in inits)
+    # y_init that go on with P_r: what SRT is to teach, beside revising when told to. Is it worth it?
+    says_right = [first_answer(row["y_init"], phrases)[1] for row in inits]
+    first = [row.get("first_correct", row["y_init_correct"]) for row in inits]
+    s["init_self_revised"] = mean(said is not None for said in says_right)
+    s["init_first_accuracy"] = mean(first)  # what stands before it; init_accuracy is of the last answer
+    for name, right in (("right", 1), ("wrong", 0)):  # P_r of a wrong answer, after a first one that is ...
+        s[f"init_doubted_{name}"] = mean(said == 0 for said, ok in zip(says_right, first) if ok == right)
     s["init_accuracy_95"] = wilson(p, len(by_problem)) if inits else None  # a problem's samples count as one
     s[f"avg@{num_responses}"] = mean(map(mean, by_problem.values()))
     s[f"pass@{num_responses}"] = mean(map(any, by_problem.values()))
@@ -199,7 +211,7 @@ def parse_args():
     # how much
     add("--num_responses", type=natural, default=1, help="y_init per problem")
     add("--num_revisions", type=within(int, 0), help="per y_init; default: 3, with --eval 0")
-    add("--revise_correct", type=int, choices=(0, 1), default=1, help="1: right y_init too")
+    add("--revisions_of_right", type=within(int, 0), help="of a right y_init; default: --num_revisions")
     add("--target", type=within(int, 0), default=6000, help="tuples to keep; 0: no limit")
     # sampling
     add("--temperature", type=within(float, 0), default=1.0)
@@ -216,6 +228,8 @@ def parse_args():
     args = run.parse(parser)
     if args.num_revisions is None:
         args.num_revisions = 0 if args.eval else 3
+    if args.revisions_of_right is None:
+        args.revisions_of_right = args.num_revisions
     if args.eval:
         args.target = 0
     return args
@@ -264,11 +278,12 @@ def main():
             "answer": problem.answer if isinstance(problem.answer, str) else None, "mode": problem.mode,
             "sample": k})
         r = init["y_init_correct"]
-        if init["no_room"] or (r and not args.revise_correct):
+        if init["no_room"]:
             return
         ids, told = seen(x, init), {"kind": "revision", "id": problem.id, "sample": k, "p_r": phrases[r]}
+        count = args.revisions_of_right if r else args.num_revisions
         revised = await asyncio.gather(*(respond("y_revised", problem, ids, {**told, "revision": n})
-                                         for n in range(args.num_revisions)))
+                                         for n in range(count)))
         ranks.store.add("kept", sum(row["y_revised_correct"] for row in revised))
 
     def seen(x, init):
@@ -285,18 +300,23 @@ def main():
         waiting.append(Request(sampled, ids, seed))
         sample = await sampled
         row[y] = tokenizer.decode(sample.ids, skip_special_tokens=True)
-        judged = asyncio.wrap_future(judge.submit(problem, row[y]))
-        judging.add(judged)
-        judged.add_done_callback(judging.discard)
-        verdict = await judged
+        verdict = await judged(problem, row[y])
         row |= {f"{y}_correct": verdict.correct, f"{y}_verdict": verdict.reason,
                 f"{y}_tokens": sample.ids, TRUNCATED[y]: sample.truncated}
         if y == "y_init":
+            text = first_answer(row[y], phrases)[0]
+            row["first_correct"] = (verdict if text == row[y] else await judged(problem, text)).correct
             row["no_room"] = bool(args.num_revisions) and len(seen(ids, row)) >= sampler.max_len
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
         progress.judged(y, row, len(sample.ids))
         return row
+
+    async def judged(problem, text):
+        future = asyncio.wrap_future(judge.submit(problem, text))
+        judging.add(future)
+        future.add_done_callback(judging.discard)
+        return await future
 
     caught, started = run.catch_signals(), time.time()
     workers = [work() for _ in range(min(sampler.max_seqs, math.ceil(len(problems) / ranks.world)))]

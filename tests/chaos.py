@@ -143,7 +143,7 @@ def make_inputs(folder):
     srt.write_rows(str(folder / "d.jsonl"), rows)
     return {
         "srt.py": ["--model", model, "--data", problems, "--max_tokens", 24, "--engine", "hf", "--num_revisions", 2],
-        "sft.py": ["--model", model, "--data", folder / "d.jsonl", "--batch", 3, "--lr", "1e-3", "--stage2_size", 10,
+        "sft.py": ["--model", model, "--data", folder / "d.jsonl", "--batch", 3, "--lr", "1e-3", "--objective", "two-stage", "--stage2_size", 10,
                    "--epochs", 2, "--save_every", 2],
         "distill.py": ["--model", model, "--data", problems, "--steps", 5, "--batch", 4, "--lr", "1e-3", "--warmup", 1,
                        "--max_tokens", 24, "--engine", "hf", "--save_every", 1, "--val", problems, "--val_every", 2,

@@ -229,24 +229,14 @@ def read_json(*path):
     return json.loads(file.read_text())
 
 
-def first_answer(out, key):
-    """Share of responses whose first \\boxed{} is right: before the model corrects itself. Toy answers are numbers."""
-    rows = [json.loads(line) for line in open(os.path.join(out, "eval", key, "responses.jsonl"))]
-    rows = [row for row in rows if row["kind"] == "init"]
-    first = lambda text: text.split("\\boxed{", 1)[1].split("}", 1)[0] if "\\boxed{" in text else None
-    return sum(first(row["y_init"]) == row["answer"] for row in rows) / len(rows)
-
-
-def make_table(out, results):
+def make_table(results):
     """The cells of the table, a list of rows; the first are the names of the columns."""
-    toy = os.path.isdir(os.path.join(out, "toy"))  # its answers are numbers: a first answer is easily found
-    table = [["", "accuracy", "95 % interval", "tokens", "truncated", *(["first"] if toy else []), "revised", "net"]]
+    table = [["", "accuracy", "95 % interval", "tokens", "truncated", "first", "revised", "net"]]
     for key, name in NAMES.items():
         r = results[key]
         low, high = r["init_accuracy_95"]
         table.append([name, f"{r['init_accuracy']:.3f}", f"[{low:.3f}, {high:.3f}]", f"{r['init_mean_tokens']:.1f}",
-                      f"{r['init_truncated']:.3f}", *([f"{first_answer(out, key):.3f}"] if toy else []),
-                      f"{r['revised_accuracy']:.3f}", f"{r['net_correction']:+.2f}"])
+                      f"{r['init_truncated']:.3f}", f"{r['init_first_accuracy']:.3f}", f"{r['revised_accuracy']:.3f}", f"{r['net_correction']:+.2f}"])
     return table
 
 
@@ -346,11 +336,10 @@ def report(out):
     results = {key: read_json(out, "eval", key, "summary.json") for key in NAMES}
     steps = [row for row in read_run(os.path.join(out, "sdzero"))[1] if "reward" in row]
     collect, rft = read_json(out, "collect", "summary.json"), read_json(out, "collect_rft", "summary.json")
-    table, base = make_table(out, results), results["base"]
+    table, base = make_table(results), results["base"]
     print(say_table(table))
-    boxed = "first: of the first \\boxed{} in it; " if "first" in table[0] else ""
     text = [f"{base['problems']} held-out problems, {base['init_total'] // base['problems']} responses each, temperature "
-            f"{base['temperature']}. accuracy: of the whole response (its last \\boxed{{}}); {boxed}revised: of one more "
+            f"{base['temperature']}. accuracy: of the whole response (its last \\boxed{{}}); first: of what stands before the first P_r in it; revised: of one more "
             "attempt after P_r;\nnet: share of the errors which that attempt removes, negative where it adds some.",
             f"SRT: {collect['init_total']} + {collect['revised_total']} generations, {collect['kept']} tuples kept "
             f"({collect['wrong_to_right']} after a wrong y_init). RFT: {rft['init_total']} generations, "

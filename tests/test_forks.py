@@ -15,11 +15,13 @@ from conftest import REPO, read
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+import sft
 import verify
 
 DIFFS = {path.stem: path for path in sorted((REPO / "docs/forks").glob("*.diff"))}
 NAMES = ["capped-kl", "contrast", "ema-teacher", "gold-teacher", "neutral-phrase", "no-r1-branch",
          "per-response-mean", "sampled-token", "swapped-reward"]
+OF_SFT = ["no-wrong-init"]
 FLAGS = {"ema-teacher": ["--ema", 0.75], "sampled-token": ["--kl", "sampled"],
          "neutral-phrase": ["--phrases", "neutral"]}
 TRAIN = ["--steps", 2, "--batch", 12, "--lr", "1e-3", "--warmup", 0, "--temperature", 1.6, "--max_tokens", 10,
@@ -46,15 +48,15 @@ def apply(name, folder):
 
 
 def modules_of(folder):
-    """distill, kl and verify of a copy, beside those of the project."""
+    """distill, kl, sft and verify of a copy, beside those of the project."""
     scripts = "distill", "kl", "sft", "srt", "verify"
     names = [name for name in sys.modules if name in scripts or name.split(".")[0] in ("common", "verifiers")]
     ours = {name: sys.modules.pop(name) for name in names}
     sys.path.insert(0, str(folder))
     try:
-        distill, kl, verify = map(importlib.import_module, ("distill", "kl", "verify"))
+        distill, kl, sft, verify = map(importlib.import_module, ("distill", "kl", "sft", "verify"))
         assert distill.__file__ == str(folder / "distill.py")
-        return SimpleNamespace(distill=distill, kl=kl, verify=verify)
+        return SimpleNamespace(distill=distill, kl=kl, sft=sft, verify=verify)
     finally:
         sys.path.remove(str(folder))
         sys.modules.update(ours)
@@ -88,17 +90,21 @@ def fork(guesser, tmp_path_factory):
 
 
 def test_names():
-    assert list(DIFFS) == NAMES
+    assert list(DIFFS) == sorted(NAMES + OF_SFT)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_fork(name, fork):
-    """Two lines on top, at most 20 changed; both steps are made, alone and with two ranks alike."""
+@pytest.mark.parametrize("name", NAMES + OF_SFT)
+def test_two_lines_on_top_and_at_most_20_changed(name):
     top, expect, first, *lines = DIFFS[name].read_text().splitlines()
     assert top.startswith("# Tests ") and expect.startswith("# Expect ") and first.startswith("diff --git")
     changed = [line for line in lines if line[0] in "+-" and not line.startswith(("+++ ", "--- "))]
     assert 1 <= len(changed) <= 20
     assert name in FLAGS or "new --out" in top  # flags.json does not tell it from a run without the fork
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fork(name, fork):
+    """Both steps are made, alone and with two ranks alike."""
     found, plain = fork(name), fork("plain")
     for rows in (found.alone, found.two):
         assert [row["step"] for row in rows] == [0, 1] and all(row["updated"] for row in rows)
@@ -193,6 +199,28 @@ def test_contrast_row(fork, guesser):
     """What the teacher reads after the one phrase and after the other."""
     wrong, right = rows_of(fork("contrast"), guesser)
     assert wrong.seen == right.other != right.seen == wrong.other
+
+
+def test_no_wrong_init(qwen, d_revision, tmp_path):
+    """No loss on a wrong y_init; all else as it was, P_r after it too; alone and with two ranks alike."""
+    found = modules_of(apply("no-wrong-init", tmp_path / "fork"))
+    rows, tokenizer = read(d_revision), verify.load_tokenizer(qwen)
+    assert {row["y_init_correct"] for row in rows} == {True, False}
+    for row in rows:
+        now, before = (module.make_example(tokenizer, verify.PHRASES["qwen"], row, "sum")
+                       for module in (found.sft, sft))
+        x = now.p_r - len(verify.without_end(tokenizer, row["y_init_tokens"]))
+        left_out = range(0 if row["y_init_correct"] else x, 0 if row["y_init_correct"] else now.p_r)
+        assert now.ids == before.ids and now.p_r == before.p_r and x > 0
+        assert now.weights == [0 if t in left_out else w for t, w in enumerate(before.weights)]
+    losses = []
+    for nproc in (1, 2):
+        args = ["--model", qwen, "--data", d_revision, "--out", tmp_path / f"out{nproc}",
+                "--batch", 4, "--epochs", 1]
+        run = Forked(found.sft.main, args, nproc, tmp_path / "log")
+        assert run.wait(120), (tmp_path / "log.err").read_text()[-3000:]
+        losses.append([row["loss"] for row in read(tmp_path / f"out{nproc}/metrics.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------- losses against autograd

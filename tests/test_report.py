@@ -123,7 +123,8 @@ def test_the_page_of_make_demo(tmp_path, monkeypatch, capsys):
             (path / f"{name}.json").write_text(json.dumps(value))
 
     summary = {"init_accuracy": 0.5, "init_accuracy_95": [0.4, 0.6], "init_mean_tokens": 20.0,
-               "init_truncated": 0.0, "revised_accuracy": 0.6, "net_correction": 0.2, "problems": 10,
+               "init_truncated": 0.0, "init_first_accuracy": 0.45, "revised_accuracy": 0.6,
+               "net_correction": 0.2, "problems": 10,
                "init_total": 20, "temperature": 0.7, "init_correct": 9, "revised_total": 8, "kept": 7,
                "wrong_to_right": 6, "seconds": 12.5}
     common = {"model": "m", "data": "d<b>.jsonl"}
@@ -137,7 +138,7 @@ def test_the_page_of_make_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["report.py", str(out)])
     report.main()
     printed, page = capsys.readouterr().out, (out / "report.html").read_text()
-    assert "SD-Zero     0.500  [0.400, 0.600]    20.0      0.000    0.600   +0.20" in printed
+    assert "SD-Zero     0.500  [0.400, 0.600]    20.0      0.000   0.450    0.600   +0.20" in printed
     assert page.count("data:image/png;base64,") == 4 and page.count('class="command"') == 9
     assert "<td>12.5</td>" in page
     assert "python sft.py --model m --data &#x27;d&lt;b&gt;.jsonl&#x27; --lr 0.25" in page

@@ -16,7 +16,7 @@ from common.run import Ranks
 from common.sampler import Request, Sample, serve
 
 SRT = ["--max_tokens", 40, "--engine", "hf", "--num_revisions", 2]
-SFT = ["--batch", 3, "--lr", "1e-3", "--stage2_size", 20, "--epochs", 1, "--save_every", 5]
+SFT = ["--batch", 3, "--lr", "1e-3", "--objective", "two-stage", "--stage2_size", 20, "--epochs", 1, "--save_every", 5]
 DISTILL = ["--steps", 4, "--batch", 5, "--lr", "1e-3", "--warmup", 1, "--max_tokens", 40, "--engine", "hf", "--save_every", 2]
 
 
@@ -112,6 +112,17 @@ def test_eval(qwen, problems_file, tmp_path):
     assert not os.path.exists(tmp_path / "d_revision.jsonl")
 
 
+def test_the_first_answer_is_what_stands_before_p_r(tmp_path, guesser):
+    assert srt.first_answer("3. No! 4. Yes! 4. No!", ("No!", "Yes!")) == ("3. ", 0)
+    assert srt.first_answer("3. Yes! 4. No!", ("No!", "Yes!")) == ("3. ", 1)
+    assert srt.first_answer("3.", ("No!", "Yes!")) == ("3.", None)
+    data = tmp_path / "p.jsonl"
+    data.write_text("".join(json.dumps({"id": f"q{i}", "problem": f"{i}+1=?", "answer": "3"}) + "\n" for i in range(12)))
+    run("srt.py", "--eval", "--model", guesser, "--data", data, "--out", tmp_path / "out", *SRT, "--phrases", "boxed{|Zzz")
+    s = json.load(open(tmp_path / "out/summary.json"))  # it says boxed{ before any answer
+    assert s["init_first_accuracy"] == 0 < s["init_accuracy"] and s["init_doubted_wrong"] == s["init_self_revised"] > 0.5
+
+
 def test_summary_of_rows_by_hand():
     """Three problems, two samples of each: (right, right), (right, wrong), (wrong, wrong); the wrong ones are revised."""
     row = lambda id_, sample, ok, **more: {"kind": "init", "id": id_, "sample": sample, "y_init_correct": ok, "no_room": False,
@@ -125,7 +136,12 @@ def test_summary_of_rows_by_hand():
     assert (s["avg@2"], s["pass@2"], s["init_accuracy"]) == (pytest.approx(1 / 2), pytest.approx(2 / 3), 1 / 2)
     assert (s["problems"], s["init_total"], s["init_correct"], s["init_mean_tokens"], s["init_truncated"]) == (3, 6, 3, 1.5, 0.5)
     assert (s["revised_total"], s["revised_correct"], s["revised_mean_tokens"]) == (3, 2, 4)
-    assert s["init_self_revised"] == 1 / 2
+    assert s["init_self_revised"] == 1 / 2 and s["init_first_accuracy"] == s["init_accuracy"]  # rows of an older version
+    assert (s["init_doubted_right"], s["init_doubted_wrong"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    for r, ok in zip(inits, (True, False, True, True, False, False)):  # (a, 1) has mended itself, (b, 1) has spoilt it
+        r["first_correct"] = ok
+    after = srt.summarise(inits + revised, [], 2, ("Wait.", "Yes."))
+    assert (after["init_first_accuracy"], after["init_doubted_right"], after["init_doubted_wrong"]) == (1 / 2, 1 / 3, 2 / 3)
     assert s["revised_accuracy_of_wrong"] == pytest.approx(2 / 3) and s["revised_accuracy_of_right"] is None
     assert s["net_correction"] is None and (s["kept"], s["wrong_to_right"]) == (1, 1)  # not every y_init was revised
     assert s["dropped"] == {"y_revised no answer": 1, "over the target": 1, "no room to revise": 0}
@@ -207,8 +223,8 @@ def test_the_summary_says_whether_d_revision_is_enough(qwen, problems_file, tmp_
     assert not {"wrong_to_right", "no_answer_revised"} & json.load(open(tmp_path / "eval/summary.json")).keys()
 
 
-def test_target_and_revise_correct(tmp_path, guesser):
-    """The target cuts in the order of the problems, whatever the number of ranks; --revise_correct 0 leaves right ones."""
+def test_target_and_revisions_of_right(tmp_path, guesser):
+    """The target cuts in the order of the problems, whatever the number of ranks; --revisions_of_right 0 leaves right ones."""
     data = tmp_path / "p.jsonl"
     data.write_text("".join(json.dumps({"id": f"q{i}", "problem": f"{i % 11}+{i // 11}=?", "answer": "3"}) + "\n" for i in range(24)))
 
@@ -226,7 +242,7 @@ def test_target_and_revise_correct(tmp_path, guesser):
     assert len(cut) == 10 and cut == [row for row in srt.tuples(fewer) if row["y_revised_correct"]][:10]
     assert [(row["id"], row["sample"], row["revision"]) for row in cut] == sorted(
         ((row["id"], row["sample"], row["revision"]) for row in cut), key=lambda key: (int(key[0][1:]), *key[1:]))
-    rows, _ = collect("wrong only", "--target", 0, "--revise_correct", 0)
+    rows, _ = collect("wrong only", "--target", 0, "--revisions_of_right", 0)
     assert {row["y_init_correct"] for row in srt.tuples(rows)} == {False} and any(row["y_init_correct"] for row in kinds(rows)[0])
 
 
