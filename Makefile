@@ -100,7 +100,8 @@ real: setup
 	@echo "== SD-Zero"
 	$(RUN) distill.py --model $(REAL)/srt/final --data $(TRAIN) --range $(word 2,$(ROWS)) --val $(TRAIN) --val_range $(word 3,$(ROWS)) --val_samples 2 --val_every 5 \
 	  --out $(REAL)/sdzero --steps $(STEPS) --lr $(LR) --warmup 5 --kl $(KL) $(HOW)
-	@echo "== evaluation"
-	for m in base:$(MODEL) rft:$(REAL)/rft/final srt:$(REAL)/srt/final sdzero:$(REAL)/sdzero/final; do \
+	@echo "== evaluation, of SD-Zero at the step that validated best"
+	best=$$($(PY) -c 'import json; print("step-%06d" % json.load(open("$(REAL)/sdzero/summary.json"))["best"][0][1])'); \
+	for m in base:$(MODEL) rft:$(REAL)/rft/final srt:$(REAL)/srt/final sdzero:$(REAL)/sdzero/best/$$best; do \
 	  $(RUN) srt.py --eval --model $${m#*:} --data $(TEST) --num_responses $(SAMPLES) --num_revisions 1 --temperature 0.7 --out $(REAL)/eval/$${m%%:*} $(HOW) || exit 1; done
 	$(PY) tests/report.py $(REAL)
