@@ -132,10 +132,7 @@ def sample_and_judge(sampler, judge, tokenizer, problems, prompts, seeds, args):
 
 
 def validate(sampler, judge, tokenizer, problems, prompts, args, ranks):
-    """
-    avg@k over the validation problems (k = --val_samples), all ranks sharing the work; and what samples.md
-    shows, the first response to each of the first problems.
-    """
+    """avg@k over the validation problems, k = --val_samples; and this rank's part of samples.md."""
     mine = [(i, k) for i in range(len(problems)) for k in range(args.val_samples)][ranks.rank::ranks.world]
     seeds = [request_seed(args.seed, "val", problems[i].id, k) for i, k in mine]
     ys, verdicts = sample_and_judge(sampler, judge, tokenizer, [problems[i] for i, _ in mine],
@@ -145,9 +142,6 @@ def validate(sampler, judge, tokenizer, problems, prompts, args, ranks):
     shown = [(i, problems[i].id, verdict.reason, len(y.ids), y.truncated,
               tokenizer.decode(y.ids, skip_special_tokens=True))
              for (i, k), y, verdict in zip(mine, ys, verdicts) if i < SHOWN and k == 0]
-    each = [None] * ranks.world
-    dist.all_gather_object(each, shown)
-    shown = [response for _, *response in sorted(sum(each, []))]
     return right / (len(problems) * args.val_samples), shown
 
 
@@ -246,9 +240,6 @@ def main():
                                   compile=args.compile)
     teacher = training.load_model(args.teacher, ranks, mesh, args.dtype, trainable=False,
                                   compile=args.compile, held=torch.float32 if moving else args.dtype)
-    if student.config.vocab_size != teacher.config.vocab_size:
-        fail(f"--teacher {args.teacher} has {teacher.config.vocab_size} vocabulary entries, --model "
-             f"{args.model} has {student.config.vocab_size}: the KL needs one vocabulary")
     optimizer = training.make_optimizer(student, args.weight_decay, betas=(0.9, 0.999))
     tensors = lambda: checkpoint.training_state(student, optimizer, teacher if moving else None)
     progress = {"step": 0, "best": [], "history": [], "worse": None}
@@ -258,8 +249,7 @@ def main():
              "many, or --fresh")
     teacher_head = whole_head(teacher, args.dtype)
     metrics = Metrics(args.out, progress["step"], args.tracker)
-    if ranks.rank == 0:
-        cut_samples(args.out, progress["step"] + 1)  # this step's section is of these very weights
+    cut_samples(args.out, progress["step"] + 1, ranks)  # this step's section is of these very weights
     saver = checkpoint.Saver(args.out, args.save_every, ranks.device)
     sampler = make_sampler(args.engine, args.model, tokenizer, longest + args.max_tokens, ranks.device,
                            args.dtype, args.vllm_memory)
@@ -273,8 +263,7 @@ def main():
     def check(step):
         """Accuracy before this step, and samples.md; the weights are kept if they are among the best."""
         accuracy, shown = validate(sampler, judge, tokenizer, val_problems, val_prompts, args, ranks)
-        if ranks.rank == 0:
-            add_samples(args.out, step, shown)
+        add_samples(args.out, step, shown, ranks)
         progress["best"] = checkpoint.keep_best(args.out, progress["best"], step, accuracy, save)
         return {"val_accuracy": accuracy}
 
@@ -290,9 +279,8 @@ def main():
             accuracy = check(step)
             clock.lap("validate")
 
-        numbers = step_problems(step, args.batch, len(problems), args.seed)
         places = range(args.batch)[ranks.rank::ranks.world]
-        mine = [numbers[place] for place in places]
+        mine = step_problems(step, args.batch, len(problems), args.seed)[ranks.rank::ranks.world]
         seeds = [request_seed(args.seed, step, place, problems[i].id) for place, i in zip(places, mine)]
         samples, verdicts = sample_and_judge(sampler, judge, tokenizer, [problems[i] for i in mine],
                                              [prompts[i] for i in mine], seeds, args)
@@ -319,10 +307,6 @@ def main():
         sums |= tally(rows, samples, verdicts) | {"flops": flops_of(student, teacher, rows)}
         row = log(metrics, args, ranks, step, sums, clock, grad_norm=norm, lr=lr, updated=bool(weight),
                   **accuracy)
-        if row["sync_gap"] > args.max_sync_gap:
-            fail(f"step {step}: the sampler's log-probabilities differ from the trainer's by "
-                 f"{row['sync_gap']:.3f} nats per token (--max_sync_gap {args.max_sync_gap}): its weights "
-                 "are stale, or its numerics differ")
         progress["step"] = step + 1
         progress["history"].append([row["reward"], row["truncated"], row["entropy"]])
         stop = warn(progress, args) and step + 1 < args.steps
@@ -333,9 +317,8 @@ def main():
 
     saver.wait()
     if stop:
-        goes_on = f": {progress['worse']}; it goes on without --stop_when_worse"
-        why = goes_on if progress["worse"] and args.stop_when_worse else ""
-        run.say(f"ended after {progress['step']} of {args.steps} steps{why}")
+        why = f"; it goes on without --stop_when_worse: {progress['worse']}" if args.stop_when_worse else ""
+        run.say(f"ended after {progress['step']} of {args.steps} steps{why if progress['worse'] else ''}")
     else:
         sampler.load(training.full_tensors(student, args.dtype))
         accuracy = check(args.steps) if args.val else {}

@@ -5,6 +5,8 @@ that never end: who reads them sees a collapse before the numbers show it.
 import os
 import re
 
+import torch.distributed as dist
+
 from common.run import write_atomically
 
 SHOWN = 5  # problems
@@ -39,16 +41,21 @@ def before(text, step):
     return text
 
 
-def cut_samples(out, step, more=""):
-    """Takes the sections from `step` on out of samples.md, and adds `more`. Rank 0 alone calls it."""
+def cut_samples(out, step, ranks, more=""):
+    """Takes the sections from `step` on out of samples.md, and adds `more`. Rank 0 does it."""
     path, text = os.path.join(out, "samples.md"), ""
     if os.path.exists(path):
         with open(path, newline="", encoding="utf-8") as f:
             text = f.read()
-    if text or more:
+    if ranks.rank == 0 and (text or more):
         write_atomically(path, (before(text, step) + more).encode("utf-8", "replace"))
 
 
-def add_samples(out, step, responses):
-    """Writes the section of a step, in place of one that is there. Rank 0 alone calls it."""
-    cut_samples(out, step, section(step, responses))
+def add_samples(out, step, responses, ranks):
+    """
+    Writes the section of a step, in place of one that is there. All ranks call it, each with its responses:
+    [(number of the problem, id, verdict's reason, tokens, truncated, text)].
+    """
+    each = [None] * ranks.world
+    dist.all_gather_object(each, responses)
+    cut_samples(out, step, ranks, section(step, [response for _, *response in sorted(sum(each, []))]))

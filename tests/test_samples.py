@@ -3,9 +3,11 @@ import re
 
 import chaos
 import pytest
+import torch.distributed as dist
 from conftest import read
 from test_tracker import go, killed_after
 
+from common.run import Ranks
 from common.samples import SHOWN, add_samples, before, cut_samples, section
 
 
@@ -56,20 +58,22 @@ def test_whatever_a_model_writes(tmp_path):
     assert section(3, [("a\nb", "my\tword", 1, False, "")]).startswith("# step 3\n\n## a b: my word (1 t")
 
 
-def test_sections_are_replaced(tmp_path):
+def test_sections_are_replaced(tmp_path, monkeypatch):
     """One of a step that is there already, and those after it; nothing is made of nothing."""
-    cut_samples(tmp_path, 0)
+    monkeypatch.setattr(dist, "all_gather_object", lambda each, mine: each.__setitem__(0, mine))
+    alone, of_file = Ranks(0, 1, None, None), lambda responses: [response for _, *response in responses]
+    cut_samples(tmp_path, 0, alone)
     assert not list(tmp_path.iterdir())
-    one = [("p", "right", 3, False, NASTY[4])]
+    one = [(0, "p", "right", 3, False, NASTY[4])]
     for step in (0, 2, 4, 2):
-        add_samples(tmp_path, step, one)
+        add_samples(tmp_path, step, one, alone)
     there = lambda: (tmp_path / "samples.md").read_bytes().decode()
-    assert there() == section(0, one) + section(2, one)
-    cut_samples(tmp_path, 3)
-    assert there() == section(0, one) + section(2, one)
-    cut_samples(tmp_path, 1)
-    assert there() == section(0, one)
-    add_samples(tmp_path, 1, [("\ud800", "wrong", 1, False, "half of a pair")])  # JSON may hold one
+    assert there() == section(0, of_file(one)) + section(2, of_file(one))
+    cut_samples(tmp_path, 3, alone)
+    assert there() == section(0, of_file(one)) + section(2, of_file(one))
+    cut_samples(tmp_path, 1, alone)
+    assert there() == section(0, of_file(one))
+    add_samples(tmp_path, 1, [(0, "\ud800", "wrong", 1, False, "half of a pair")], alone)  # JSON may hold one
     assert there().endswith("# step 1\n\n## ?: wrong (1 tokens)\n\n```\nhalf of a pair\n```\n\n")
 
 

@@ -331,7 +331,8 @@ def test_state_goes_on_bitwise(ranks, qwen, tmp_path, problems_file, monkeypatch
 # --------------------------------------------------------------------------------------- sft's plan of steps
 
 # 6 steps and 3
-PLAN = ["--batch", 5, "--lr", "1e-3", "--stage2_size", 11, "--epochs", 1, "--micro_tokens", 300]
+PLAN = ["--objective", "two-stage", "--stage2_size", 11, "--batch", 5, "--lr", "1e-3", "--epochs", 1,
+        "--micro_tokens", 300]
 
 
 def train(model, data, out, *more):
@@ -521,3 +522,19 @@ def test_the_teacher_does_not_train(qwen, ranks):
     assert torch.equal(head, student.get_output_embeddings().weight.full_tensor())
     for a, b in zip(student.parameters(), teacher.parameters(), strict=True):
         assert torch.equal(a.full_tensor(), b.full_tensor())
+
+
+def test_one_vocabulary(qwen, tmp_path):
+    """Another tokenizer is an error, and so is a head of another size under the same tokenizer."""
+    shutil.copytree(qwen, tmp_path / "wider")
+    config = json.loads((tmp_path / "wider/config.json").read_text())
+    size = config["vocab_size"]
+    config["vocab_size"] += 1
+    (tmp_path / "wider/config.json").write_text(json.dumps(config))
+    tokenizer, other = verify.load_tokenizer(qwen), verify.load_tokenizer(qwen)
+    verify.same_vocabulary(qwen, tokenizer, qwen, other)
+    with pytest.raises(SystemExit, match=f"wider has {size + 1} vocabulary entries, .* has {size}:"):
+        verify.same_vocabulary(qwen, tokenizer, str(tmp_path / "wider"), other)
+    other.add_tokens(["another"])
+    with pytest.raises(SystemExit, match="different tokenizers"):
+        verify.same_vocabulary(qwen, tokenizer, qwen, other)
