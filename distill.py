@@ -102,7 +102,7 @@ def student_pass(student, rows, states, teacher_head, normaliser, args, ranks):
     names = "loss", "sync_gap", "kl", "kl_right", "entropy", "copied"
     sums = torch.zeros(len(names), device=ranks.device)
     columns = [(p, row.weight, row.correct) for row in rows for p in row.logprobs] or [(0, 0, 0)]
-    columns = torch.tensor(columns, dtype=torch.float32).to(ranks.device)  # [tokens, 3]
+    columns = torch.tensor(columns, dtype=torch.float32).to(ranks.device)  # [tokens, 3], then by row
     columns = columns.split([len(row.y) for row in rows] or [1])
     for members, batch, select in micro_batches(rows, "x", args.micro_tokens, ranks.device):
         # from here to the next micro-batch the host waits for nothing
@@ -223,8 +223,7 @@ def main():
     val_problems = verify.load_problems(args.val, judge, args.val_range)[0] if args.val else []
     val_prompts = [verify.chat_ids(tokenizer, problem) for problem in val_problems]
     if args.batch > len(problems):
-        fail(f"--batch {args.batch}: --data gives {len(problems)} problems, and a step takes different ones; "
-             "lower it")
+        fail(f"--batch {args.batch} is more than the {len(problems)} problems of --data; lower it")
     longest = check_lengths(args.model, prompts + val_prompts, args.max_tokens)
     check_lengths(args.teacher, prompts, args.max_tokens)
     max_teacher_len = min(args.max_teacher_len, verify.context_length(args.teacher))
@@ -307,6 +306,10 @@ def main():
         sums |= tally(rows, samples, verdicts) | {"flops": flops_of(student, teacher, rows)}
         row = log(metrics, args, ranks, step, sums, clock, grad_norm=norm, lr=lr, updated=bool(weight),
                   **accuracy)
+        if row["sync_gap"] > args.max_sync_gap:
+            fail(f"step {step}: the sampler's log-probabilities differ from the trainer's by "
+                 f"{row['sync_gap']:.3f} nats per token (--max_sync_gap {args.max_sync_gap}): its weights "
+                 "are stale, or its numerics differ")
         progress["step"] = step + 1
         progress["history"].append([row["reward"], row["truncated"], row["entropy"]])
         stop = warn(progress, args) and step + 1 < args.steps

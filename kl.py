@@ -109,9 +109,9 @@ def matmul_fp32(a, b, total=None):
 
 
 class HeadLoss(torch.autograd.Function):
-    """sum_i w_i * loss_i of losses that look at one row of logits each; gradients are made on the way."""
+    """sum_i w_i * loss_i of losses that see one row of logits each; gradients are made on the way."""
 
-    @staticmethod
+    @staticmethod  # tile(logits [b, V], which rows, d [b, V] for the gradient) -> [k, b], the losses first
     def forward(ctx, hidden, weight, token_weight, chunk, block, tile):
         N, V = hidden.shape[0], weight.shape[0]
         needs_grad = hidden.requires_grad or weight.requires_grad
@@ -280,9 +280,9 @@ def main():
         seen = [verify.teacher_reads(tokenizer, problem, x, y, told, phrases) for told in (False, True)]
         p, q = read(student, x, y), [read(teacher, before, y) for before in seen]
         after = [chunked_kl(*p, *side, torch.ones_like(targets), args.kl, targets=targets) for side in q]
-        told, contrast = after[correct], after[False].teacher_logp - after[True].teacher_logp
-        values = torch.stack([*told[1:4], (told.teacher_logp > COPIED).float(), contrast, contrast.abs()])
-        found[correct].append([*values.mean(1).tolist(), buckets(told.kl), buckets(contrast.abs())])
+        true, contrast = after[correct], after[False].teacher_logp - after[True].teacher_logp
+        values = torch.stack([*true[1:4], (true.teacher_logp > COPIED).float(), contrast, contrast.abs()])
+        found[correct].append([*values.mean(1).tolist(), buckets(true.kl), buckets(contrast.abs())])
         if len(found[correct]) <= 10:
             shown.append((row, *values[:3].tolist(), likely(*p), likely(*q[correct])))
 

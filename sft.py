@@ -37,8 +37,7 @@ from kl import chunked_ce
 
 # flags that a run that goes on may change: none of them moves a row to another step
 FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype checkpointing compile tracker"
-FEW = 300  # wrong -> right tuples
-UNSAID = 0.3  # probability of P_r: .86 where SRT works (the demo), 1e-6 where not (docs/real.md)
+UNSAID = 0.3  # probability of P_r after y_init: .86 where two stages work (the demo), 1e-8 where they do not
 
 # ----------------------------------------------------------------------------------------------------- data
 
@@ -179,7 +178,10 @@ def parse_args():
     add("--save_every", type=natural, default=100, help="steps between states to go on from")
     add("--no_clean", action="store_true", help="leave repeating tails and flattering openings")
     training.add_training_flags(parser)
-    return run.parse(parser)
+    args = run.parse(parser)
+    if args.objective != "two-stage" and (args.stage2_lr or args.stage2_size != args.defaults["stage2_size"]):
+        parser.error("--stage2_size and --stage2_lr are for --objective two-stage: give that too")
+    return args
 
 
 def step_examples(examples, step, size, seed):
@@ -199,9 +201,9 @@ def micro_batches(examples, budget, device):
     for rows in training.pack([len(e.ids) for e in examples], budget, device):
         members = [examples[i] for i in rows] or [Example([0, 0], [0, 0])]
         weights = [w for e in members for w in e.weights[1:] + [0]]  # position t predicts token t + 1
-        turns = [t == e.p_r for e in members for t in range(1, len(e.ids) + 1)]
-        select = [t for t, w in enumerate(weights) if w or turns[t]] or [0]
-        marks = torch.tensor([[weights[t], turns[t]] for t in select], dtype=torch.float32)  # [n, 2]
+        begins = [t == e.p_r for e in members for t in range(1, len(e.ids) + 1)]
+        select = [t for t, w in enumerate(weights) if w or begins[t]] or [0]
+        marks = torch.tensor([[weights[t], begins[t]] for t in select], dtype=torch.float32)  # [n, 2]
         packed.append((training.make_batch([e.ids for e in members], device), torch.tensor(select).to(device),
                        *marks.to(device).unbind(1)))
     return packed
@@ -224,9 +226,9 @@ def main():
     stages, counts = read_examples(args.data, args.objective, args.stage2_size, tokenizer, phrases, max_len,
                                    args.seed, args.no_clean)
     run.say(f"phrases {'|'.join(phrases)}; " + ", ".join(f"{name} {n}" for name, n in counts.items()))
-    if args.objective != "rft" and counts["wrong -> right"] < FEW:
-        run.say(f"warning: {counts['wrong -> right']} tuples after a wrong y_init; with 270 and fewer the "
-                "teacher of phase 2 only copied (docs/real.md): collect more, or from a stronger model")
+    if args.objective != "rft" and counts["wrong -> right"] < verify.FEW:
+        run.say(f"warning: {counts['wrong -> right']} tuples after a wrong y_init; with 1,548 the teacher of "
+                "phase 2 still copied (docs/real.md): collect more, or from a stronger model")
     run.open_out(args, ranks, FREE)
     if run.finished(args.out, "final"):
         return dist.destroy_process_group()
@@ -249,14 +251,14 @@ def main():
         batch = step_examples(examples, step, args.batch, f"{args.seed}/{stage + 1}")
         loss_tokens = sum(w > 0 for e in batch for w in e.weights)
 
-        sums = torch.zeros(2, device=ranks.device)  # loss; mean probability that y_init goes on with P_r
+        sums = torch.zeros(2, device=ranks.device)  # loss; mean probability of P_r's first token
         scale = ranks.world / loss_tokens  # FSDP averages gradients over ranks; times world makes that a sum
         mine = batch[ranks.rank::ranks.world]
-        for packed, select, weights, turns in micro_batches(mine, args.micro_tokens, ranks.device):
+        for packed, select, weights, begins in micro_batches(mine, args.micro_tokens, ranks.device):
             part, each = model(packed, select, lambda hidden, head: chunked_ce(
                 hidden, head, packed.ids[select + 1], weights * scale))
             part.backward()
-            sums += torch.stack([part.detach() / ranks.world, (turns * torch.exp(-each)).sum() / len(batch)])
+            sums += torch.stack([part.detach() / ranks.world, (begins * torch.exp(-each)).sum() / len(batch)])
         dist.all_reduce(sums)
         loss, p_r = sums.tolist()
         lr = (args.stage2_lr or args.lr if stage == 1 else args.lr) * cosine(step, steps[stage])
@@ -273,7 +275,7 @@ def main():
         last = number + 1 == len(plan)
         if last and p_r < UNSAID and args.objective not in ("rft", "revision"):
             run.say(f"warning: after y_init the model goes on with P_r with a probability of {p_r:.2g}: "
-                    "it will not revise by itself. Too much of stage 2 does that: lower --stage2_size, "
+                    "it will not revise by itself. Train it longer; after two stages, lower --stage2_size "
                     "or give --objective sum (docs/real.md)")
         if saver.after_step(number + 1, tensors, {"step": number + 1}, last):
             metrics.close()

@@ -128,20 +128,22 @@ def summarise(rows, kept, num_responses, phrases):
     p, q, verdicts = s["init_accuracy"], s["revised_accuracy"], s["revised_verdicts"]
     # y_init that go on with P_r: what SRT is to teach, beside revising when told to. Is it worth it?
     says_right = [first_answer(row["y_init"], phrases)[1] for row in inits]
-    first = [row.get("first_correct", row["y_init_correct"]) for row in inits]
     s["init_self_revised"] = mean(said is not None for said in says_right)
-    s["init_first_accuracy"] = mean(first)  # what stands before it; init_accuracy is of the last answer
-    for name, right in (("right", 1), ("wrong", 0)):  # P_r of a wrong answer, after a first one that is ...
-        s[f"init_doubted_{name}"] = mean(said == 0 for said, ok in zip(says_right, first) if ok == right)
+    if all("first_correct" in row for row in inits):  # rows of an earlier version lack it
+        first = [row["first_correct"] for row in inits]  # before P_r; init_accuracy is of the last answer
+        s["init_first_accuracy"] = mean(first)
+        for name, right in (("right", True), ("wrong", False)):  # P_r for wrong, after a first answer that is
+            s[f"init_doubted_{name}"] = mean(told == 0 for told, ok in zip(says_right, first) if ok == right)
     s["init_accuracy_95"] = wilson(p, len(by_problem)) if inits else None  # a problem's samples count as one
     s[f"avg@{num_responses}"] = mean(map(mean, by_problem.values()))
     s[f"pass@{num_responses}"] = mean(map(any, by_problem.values()))
     for name, told in (("right", True), ("wrong", False)):
         s[f"revised_accuracy_of_{name}"] = mean(
             row["y_revised_correct"] for row in revised if row["y_init_correct"] == told)
-    all_revised = len({row_key(row)[:2] for row in revised}) == len(inits) > 0
+    counts = Counter(row_key(row)[:2] for row in revised)
+    alike = len(counts) == len(inits) and len({*counts.values()}) == 1  # or p and q weigh y_init otherwise
     # share of the errors that one revision removes
-    s["net_correction"] = (q - p) / (1 - p) if all_revised and p < 1 else None
+    s["net_correction"] = (q - p) / (1 - p) if alike and p < 1 else None
     s["kept"] = len(kept or ())
     if kept is not None:
         s["wrong_to_right"] = sum(not row["y_init_correct"] for row in kept)
@@ -154,8 +156,9 @@ def summarise(rows, kept, num_responses, phrases):
 
 def enough(summary, target):
     """Whether D_revision will do: it is from wrong -> right tuples that the teacher learns to correct."""
-    few = " (few: the teacher may only copy; see docs/real.md)" if summary["wrong_to_right"] < 300 else ""
-    line = (f"D_revision: {summary['wrong_to_right']} wrong -> right tuples{few}; "
+    few = " (few: the teacher may only copy; see docs/real.md)"
+    line = (f"D_revision: {summary['wrong_to_right']} wrong -> right tuples"
+            f"{few if summary['wrong_to_right'] < verify.FEW else ''}; "
             f"{100 * (summary['revised_accuracy_of_wrong'] or 0):.1f} % of the revisions of wrong answers "
             f"are right; {100 * (summary['no_answer_revised'] or 0):.1f} % of all revisions have no answer")
     if summary["kept"] < target:
@@ -228,8 +231,8 @@ def parse_args():
     args = run.parse(parser)
     if args.num_revisions is None:
         args.num_revisions = 0 if args.eval else 3
-    if args.revisions_of_right is None:
-        args.revisions_of_right = args.num_revisions
+    if (args.revisions_of_right or 0) > args.num_revisions:
+        parser.error("--revisions_of_right is more than --num_revisions; lower it")
     if args.eval:
         args.target = 0
     return args
@@ -260,7 +263,7 @@ def main():
     done = read_rows(args.out)  # what an earlier run of the same command has finished
     file = open(os.path.join(args.out, f"responses.rank{ranks.rank}.jsonl"), "a")
     progress = Progress(ranks, len(problems), None if args.eval else args.target)
-    waiting, judging = deque(), set()  # requests that the sampler has not taken yet; verdicts to come
+    waiting, judging = deque(), set()  # for serve: requests, whose keys get the Samples; verdicts to come
     stopped = lambda: ranks.store.add("stop", len(caught)) > 0  # as soon as any rank has had a signal
 
     async def work():
@@ -281,7 +284,9 @@ def main():
         if init["no_room"]:
             return
         ids, told = seen(x, init), {"kind": "revision", "id": problem.id, "sample": k, "p_r": phrases[r]}
-        count = args.revisions_of_right if r else args.num_revisions
+        count = args.num_revisions
+        if r and args.revisions_of_right is not None:
+            count = args.revisions_of_right
         revised = await asyncio.gather(*(respond("y_revised", problem, ids, {**told, "revision": n})
                                          for n in range(count)))
         ranks.store.add("kept", sum(row["y_revised_correct"] for row in revised))

@@ -100,21 +100,21 @@ def load_problems(data, judge, range_=None, max_problems=None):
         fail(f"--range {range_}: A:B is wanted, two row numbers such as 0:10000")
     start, stop = int(match[1] or 0), int(match[2] or sys.maxsize)
     stem = os.path.basename(data).split(".")[0]
-    asked, dropped, text_of, texts, total = [], Counter(), {}, set(), 0
-    for total, (where, row) in enumerate(itertools.islice(load_rows(data), stop), 1):
-        problem = make_problem(row, where, f"{stem}-{total - 1}", judge.mode)
+    asked, dropped, text_of, texts, number = [], Counter(), {}, set(), 0
+    for number, (where, row) in enumerate(itertools.islice(load_rows(data), stop), 1):  # from 1
+        problem = make_problem(row, where, f"{stem}-{number - 1}", judge.mode)
         text = problem.problem
         if text_of.setdefault(problem.id, text) != text:
             fail(f"{where}: an earlier row with other text has the id {problem.id!r}; ids must differ")
-        if total > start and text in texts:  # codeforces-cots has a row for each of several solutions
+        if number > start and text in texts:  # codeforces-cots has a row for each of several solutions
             dropped["same problem as in an earlier row"] += 1
-        elif total > start:
+        elif number > start:
             asked.append((problem, judge.pool.submit(judge.gold, row)))
             if len(asked) > 200:
                 asked[-200][1].result()  # no more rows than these wait in memory
         texts.add(text)
-    if range_ and total <= start:
-        fail(f"--range {range_} is empty: none of the {total} rows up to its end is in it")
+    if range_ and number <= start:
+        fail(f"--range {range_} is empty: none of the {number} rows up to its end is in it")
     problems = []
     for problem, gold in asked:
         problem.answer, why = gold.result()
@@ -124,7 +124,7 @@ def load_problems(data, judge, range_=None, max_problems=None):
             problems.append(problem)
     if not problems:
         why = dict(dropped) or "none, it is empty"
-        fail(f"--data {data}: no problem is left of {total - start}; dropped: {why}")
+        fail(f"--data {data}: no problem is left of {number - start}; dropped: {why}")
     return problems[:max_problems], dropped
 
 
@@ -137,6 +137,7 @@ PHRASES = {
     "paper": ("Wait, this response is not correct, let me start over.",
               "Let me rephrase the above solution."),
 }
+FEW = 300  # wrong -> right tuples below which srt.py and sft.py warn
 PHRASES_HELP = "P_r: qwen, olmo, paper, or two texts 'WRONG|RIGHT'; default: what the model records"
 
 
@@ -198,7 +199,8 @@ def same_vocabulary(student, student_tokenizer, teacher, teacher_tokenizer):
     from transformers import AutoConfig
     if student_tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
         fail(f"--teacher {teacher} and {student} have different tokenizers: the KL needs one vocabulary")
-    theirs, ours = (AutoConfig.from_pretrained(model).vocab_size for model in (teacher, student))
+    theirs, ours = (AutoConfig.from_pretrained(model).get_text_config().vocab_size
+                    for model in (teacher, student))
     if theirs != ours:
         fail(f"--teacher {teacher} has {theirs} vocabulary entries, {student} has {ours}: the KL needs one "
              "vocabulary")

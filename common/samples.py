@@ -44,10 +44,12 @@ def before(text, step):
 def cut_samples(out, step, ranks, more=""):
     """Takes the sections from `step` on out of samples.md, and adds `more`. Rank 0 does it."""
     path, text = os.path.join(out, "samples.md"), ""
+    if ranks.rank:
+        return
     if os.path.exists(path):
-        with open(path, newline="", encoding="utf-8") as f:
+        with open(path, newline="", encoding="utf-8", errors="replace") as f:
             text = f.read()
-    if ranks.rank == 0 and (text or more):
+    if text or more:
         write_atomically(path, (before(text, step) + more).encode("utf-8", "replace"))
 
 

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import secrets
+import sys
 
 from common.run import say, write_atomically
 
@@ -61,9 +62,14 @@ class Wandb:
             write_atomically(path, secrets.token_hex(4) + "\n")
         with open(path) as f:
             run_id = f.read().strip()
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")  # s; without it a dead network holds the GPUs
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")  # s; without it a dead network holds the GPUs,
+        os.environ.setdefault("WANDB_LOGIN_TIMEOUT", "60")  # and a question for the key in a terminal
+        hook = sys.excepthook
         self.run = wandb.init(id=run_id, resume="allow", dir=out, name=os.path.basename(os.path.abspath(out)),
                               config=flags, allow_val_change=True, settings=wandb.Settings(console="off"))
+        sys.excepthook = hook  # wandb's would print a traceback before our line
+        if self.run.disabled:
+            raise RuntimeError("wandb has no key, or is switched off")
         self.run.define_metric("*", step_metric="step")
         self.first = self.run.step
 

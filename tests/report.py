@@ -235,8 +235,9 @@ def make_table(results):
     for key, name in NAMES.items():
         r = results[key]
         low, high = r["init_accuracy_95"]
+        first = f"{r['init_first_accuracy']:.3f}" if "init_first_accuracy" in r else "-"  # of an earlier version
         table.append([name, f"{r['init_accuracy']:.3f}", f"[{low:.3f}, {high:.3f}]", f"{r['init_mean_tokens']:.1f}",
-                      f"{r['init_truncated']:.3f}", f"{r['init_first_accuracy']:.3f}", f"{r['revised_accuracy']:.3f}", f"{r['net_correction']:+.2f}"])
+                      f"{r['init_truncated']:.3f}", first, f"{r['revised_accuracy']:.3f}", f"{r['net_correction']:+.2f}"])
     return table
 
 

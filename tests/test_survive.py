@@ -185,7 +185,7 @@ def test_changed_flags(inputs, whole, tmp_path):
     start = lambda *more, **how: go("distill.py", [*inputs["distill.py"], "--out", out, *more], tmp_path, **how)
     start("--steps", 2)
     for script, place, changes in (("distill.py", out, [("--kl", "forward")]), ("sft.py", whole / "sft.py", [
-            ("--seed", 1), ("--batch", 5), ("--objective", "sum"), ("--max_len", 900)]),
+            ("--seed", 1), ("--batch", 5), ("--stage2_size", 9), ("--max_len", 900)]),
             ("srt.py", whole / "srt.py", [("--range", "0:9"), ("--phrases", "paper")])):
         recorded = (place / "flags.json").read_text()
         for flag, value in changes:
@@ -469,6 +469,7 @@ srt.py      --top_p 1.5                             at most 1
 srt.py      --engine sglang                         invalid choice
 srt.py      --engine vllm                           vLLM is not installed
 srt.py      --vllm_memory 85                        at most 1
+srt.py      --revisions_of_right 99                 lower it
 srt.py      --judge_seconds 0                       above 0
 srt.py      --batch_size 3                          unrecognized arguments
 srt.py      --out {good.jsonl}                      good.jsonl
@@ -482,11 +483,12 @@ sft.py      --data {text_ids.jsonl}                 should be list, found str
 sft.py      --data {other_ids.jsonl}                collect the data with this model
 sft.py      --data {all_right.jsonl}                no rows for stage 1
 sft.py      --data {none_kept.jsonl}                no rows for stage 1
-sft.py      --data {all_wrong.jsonl} --objective rft   no rows for stage 1
+sft.py      --data {all_wrong.jsonl} --objective rft --stage2_size 2000   no rows for stage 1
 sft.py      --stage2_size 100                       lower --stage2_size
 sft.py      --stage2_size 0                         not at least 1
 sft.py      --max_len 20                            no rows for stage 1
 sft.py      --objective dpo                         invalid choice
+sft.py      --objective sum                         for --objective two-stage
 sft.py      --epochs 0                              not at least 1
 sft.py      --batch -4                              not at least 1
 sft.py      --lr 0                                  above 0
