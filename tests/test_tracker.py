@@ -191,6 +191,7 @@ def test_wandb_of_a_killed_run(inputs, tmp_path, monkeypatch):
 
 class FakeRun:
     """What the server has of a run, and what it is given."""
+    disabled = False
 
     def __init__(self, step):
         self.step, self.given = step, []
@@ -216,6 +217,23 @@ def test_wandb_is_given_what_the_server_lacks(tmp_path, monkeypatch):
         assert [step for step, _ in run.given] == [4, 5] and run.given[-1][1] == {"step": 5, "loss": 0.5}
     assert asked[0] == asked[1] and asked[0]["config"] == {"lr": 0.1} and asked[0]["resume"] == "allow"
     assert len(asked[0]["id"]) == 8
+
+
+def test_wandb_without_a_key(tmp_path, monkeypatch, capsys):
+    """It gives a run that takes everything and keeps nothing. And its hook for uncaught errors goes again."""
+    run, ours = FakeRun(0), sys.excepthook
+    run.disabled = True
+
+    def init(**how):
+        monkeypatch.setattr(sys, "excepthook", print)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(Settings=dict, init=init))
+    (tmp_path / "flags.json").write_text("{}")
+    sent = Tracker("wandb", str(tmp_path), [{"step": 0, "loss": 1.0}])
+    sent.send({"step": 1, "loss": 1.0})
+    said = capsys.readouterr().out
+    assert said.count("warning:") == 1 and "has no key" in said and not run.given and sys.excepthook is ours
 
 
 # ------------------------------------------------------------------------------------- a tracker that fails
