@@ -855,7 +855,7 @@ def test_where_there_is_no_sandbox_it_refuses(broken, monkeypatch):
 
 
 def test_unsafe_no_sandbox_says_so_and_judges(capsys):
-    with verify.Judge("code", workers=1, limit=1.0, sandbox=False) as judge:
+    with verify.Judge("code", workers=1, limit=4.0, sandbox=False) as judge:
         assert "MODEL-WRITTEN PROGRAMS RUN WITH ALL YOUR RIGHTS" in capsys.readouterr().out
         responses = [fenced(ADDS), fenced("print(0)"), fenced("while True: pass"), "no program"]
         reasons = [v.reason for v in judge([PROBLEM] * 4, responses)]
