@@ -256,8 +256,7 @@ def main():
             f"phrases {' | '.join(phrases)}, KL {args.kl}{f' top {args.topk}' if args.topk else ''}, "
             f"from step {progress['step']}")
 
-    def save(path):
-        checkpoint.save_model(path, student, tokenizer, phrases, args.dtype)
+    save = lambda path: checkpoint.save_model(path, student, tokenizer, phrases, args.dtype)
 
     def check(step):
         """Accuracy before this step, and samples.md; the weights are kept if they are among the best."""
@@ -320,8 +319,9 @@ def main():
 
     saver.wait()
     if stop:
-        why = f"; it goes on without --stop_when_worse: {progress['worse']}" if args.stop_when_worse else ""
-        run.say(f"ended after {progress['step']} of {args.steps} steps{why if progress['worse'] else ''}")
+        goes_on = f": {progress['worse']}; it goes on without --stop_when_worse"
+        why = goes_on if progress["worse"] and args.stop_when_worse else ""
+        run.say(f"ended after {progress['step']} of {args.steps} steps{why}")
     else:
         sampler.load(training.full_tensors(student, args.dtype))
         accuracy = check(args.steps) if args.val else {}

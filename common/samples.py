@@ -43,9 +43,9 @@ def before(text, step):
 
 def cut_samples(out, step, ranks, more=""):
     """Takes the sections from `step` on out of samples.md, and adds `more`. Rank 0 does it."""
-    path, text = os.path.join(out, "samples.md"), ""
     if ranks.rank:
         return
+    path, text = os.path.join(out, "samples.md"), ""
     if os.path.exists(path):
         with open(path, newline="", encoding="utf-8", errors="replace") as f:
             text = f.read()

@@ -64,10 +64,8 @@ class Wandb:
             run_id = f.read().strip()
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")  # s; without it a dead network holds the GPUs,
         os.environ.setdefault("WANDB_LOGIN_TIMEOUT", "60")  # and a question for the key in a terminal
-        hook = sys.excepthook
         self.run = wandb.init(id=run_id, resume="allow", dir=out, name=os.path.basename(os.path.abspath(out)),
                               config=flags, allow_val_change=True, settings=wandb.Settings(console="off"))
-        sys.excepthook = hook  # wandb's would print a traceback before our line
         if self.run.disabled:
             raise RuntimeError("wandb has no key, or is switched off")
         self.run.define_metric("*", step_metric="step")
@@ -88,12 +86,13 @@ class Tracker:
     """A tracker that cannot end a run. rows: of metrics.jsonl, made by earlier parts of the run."""
 
     def __init__(self, name, out, rows):
-        self.name, self.to = name, None
+        self.name, self.to, hook = name, None, sys.excepthook
         with self.harmless():
             with open(os.path.join(out, "flags.json")) as f:
                 self.to = TRACKERS[name](out, json.load(f))
             for row in rows:
                 self.to.send(row)
+        sys.excepthook = hook  # wandb's would print a traceback before our line, also where it has failed
 
     def send(self, row):
         with self.harmless():

@@ -151,6 +151,16 @@ def make_inputs(folder):
     }
 
 
+def go(script, args, folder, nproc=1, ok=True, seconds=100, **how):
+    """Runs a script to its end; returns (stdout, stderr)."""
+    log = Path(folder) / f"log-{time.time_ns()}"
+    began, run = time.time(), Forked(script, args, nproc, log, **how)
+    done = run.wait(seconds)
+    out, err = log.read_text(), Path(f"{log}.err").read_text()
+    assert done == ok and time.time() - began < seconds, f"{run.codes}\n{out[-2000:]}\n{err[-4000:]}"
+    return out, err
+
+
 def equal(script, a, b):
     """What the run in folder a ended with is what the run in b did."""
     if script == "srt.py":

@@ -112,6 +112,13 @@ def make_rows(tokenizer, problems_file, family="qwen"):
     return rows
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """{script: arguments} of small runs, as chaos.py starts them."""
+    import chaos
+    return chaos.make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
 @pytest.fixture(scope="session")
 def guesser(qwen, problems_file, tmp_path_factory):
     """The tiny model, trained to answer at once: \\boxed{3}, {4} or {5}, as likely; told that it was wrong, \\boxed{3}."""

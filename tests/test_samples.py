@@ -1,19 +1,13 @@
 """samples.md: the first responses of each validation, the same file whatever the ranks and the kills."""
 import re
 
-import chaos
-import pytest
 import torch.distributed as dist
+from chaos import go
 from conftest import read
-from test_tracker import go, killed_after
+from test_tracker import killed_after
 
 from common.run import Ranks
 from common.samples import SHOWN, add_samples, before, cut_samples, section
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return chaos.make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 NASTY = [

@@ -16,6 +16,7 @@ import chaos
 import pytest
 import torch
 import torch.distributed as dist
+from chaos import go
 from conftest import REPO, make_rows, read, seconds_of_children
 
 import srt
@@ -25,27 +26,12 @@ from common.run import launch, mendable
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return chaos.make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="module")
 def whole(inputs, tmp_path_factory):
     """What uninterrupted runs of one rank end with."""
     folder = tmp_path_factory.mktemp("whole")
     for script, args in inputs.items():
         go(script, [*args, "--out", folder / script], folder)
     return folder
-
-
-def go(script, args, folder, nproc=1, ok=True, seconds=100, **how):
-    """Runs a script to its end; returns (stdout, stderr)."""
-    log = Path(folder) / f"log-{time.time_ns()}"
-    began, run = time.time(), chaos.Forked(script, args, nproc, log, **how)
-    done = run.wait(seconds)
-    out, err = log.read_text(), Path(f"{log}.err").read_text()
-    assert done == ok and time.time() - began < seconds, f"{run.codes}\n{out[-2000:]}\n{err[-4000:]}"
-    return out, err
 
 
 def wait_for(condition, seconds=60):

@@ -6,10 +6,9 @@ import struct
 import sys
 import time
 import types
-from pathlib import Path
 
-import chaos
 import pytest
+from chaos import go
 from conftest import read
 
 import distill
@@ -17,18 +16,6 @@ import sft
 from common import tracker
 from common.metrics import Metrics
 from common.tracker import Tracker, numbers_of
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return chaos.make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-def go(script, args, folder, ok=True, nproc=1, patch=lambda rank: None):
-    """Runs a script to its end, or its kill; returns what it has said, stdout and stderr."""
-    log = Path(folder) / f"log-{time.time_ns()}"
-    assert chaos.Forked(script, args, nproc, log, patch).wait() == ok, Path(f"{log}.err").read_text()[-3000:]
-    return log.read_text() + Path(f"{log}.err").read_text()
 
 
 def killed_after(step, seconds=0.0):
@@ -129,7 +116,7 @@ def test_a_tracker_given_later_has_all_steps(inputs, tmp_path):
     out = tmp_path / "out"
     args = [*inputs["sft.py"], "--out", out]
     go("sft.py", args, tmp_path, ok=False, patch=killed_after(6))
-    assert "--tracker None -> tensorboard" in go("sft.py", [*args, "--tracker", "tensorboard"], tmp_path)
+    assert "--tracker None -> tensorboard" in go("sft.py", [*args, "--tracker", "tensorboard"], tmp_path)[0]
     same_numbers(read_tensorboard(out)[0], columns(read(out / "metrics.jsonl")))
 
 
@@ -250,12 +237,12 @@ def test_a_failing_tracker_ends_no_run(inputs, tmp_path):
         tracker.TensorBoard.send = send
 
     args = [*inputs["distill.py"], "--tracker", "tensorboard", "--out"]
-    said = go("distill.py", [*args, tmp_path / "a"], tmp_path, patch=breaks)
+    said, _ = go("distill.py", [*args, tmp_path / "a"], tmp_path, patch=breaks)
     lines = [line for line in said.splitlines() if "warning: --tracker tensorboard has failed" in line]
     assert len(lines) == 1 and r"ConnectionError('the network\nis down')" in lines[0]
     (tmp_path / "b").mkdir()
     (tmp_path / "b/tensorboard").write_text("a file, where a folder should be")
-    said = go("distill.py", [*args, tmp_path / "b"], tmp_path)
+    said, _ = go("distill.py", [*args, tmp_path / "b"], tmp_path)
     assert said.count("warning: --tracker tensorboard has failed") == 1
     for out in ("a", "b"):
         assert len(read(tmp_path / out / "metrics.jsonl")) == 5 and (tmp_path / out / "final").exists()
