@@ -1,5 +1,5 @@
 # make demo   a base model, RFT, SRT and SD-Zero at toy scale, from scratch: a table and runs/demo/report.html
-# make test   the tests; where there is a GPU, then those of it alone
+# make test   the tests, JOBS=2 processes; where there is a GPU, then those of it alone
 # make real   the same on a real model and data set, a GPU or more: MODEL=, DATA= (or TRAIN= and TEST=)
 # make bench  speed, as ratios in one run (the GPU parts need a GPU)
 # make chaos  30 runs of the scripts, killed at random moments and resumed: about 15 minutes
@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 SEED ?= 0
+JOBS ?= 2
 OUT ?= runs/demo
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -1)
 STACK := $(if $(GPU),requirements.txt,requirements-cpu.txt)
@@ -33,7 +34,7 @@ setup: .venv/.done-$(STACK)
 
 test: setup
 	$(PY) -m ruff check .
-	$(PY) -m pytest -q --disable-warnings -rs -n 2 --dist loadfile --no-loadscope-reorder --durations 15 tests
+	$(PY) -m pytest -q --disable-warnings -rs -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 15 tests
 	$(if $(GPU),$(PY) -m pytest -q --disable-warnings -rs --durations 15 tests/test_gpu.py)
 
 bench: setup
@@ -89,13 +90,15 @@ TOKENS ?= 1024
 MORE ?=
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 RUN = $(if $(filter-out 0 1,$(GPUS)),$(PY) -m torch.distributed.run --standalone --nproc_per_node $(GPUS),$(PY))
-HOW = --max_tokens $(TOKENS) $(MORE)
+HOW = --max_tokens $(TOKENS) --seed $(SEED) $(MORE)
 real: setup
 	$(RUN) srt.py --model $(MODEL) --data $(TRAIN) --range $(word 1,$(ROWS)) --num_responses 2 --num_revisions 4 --revisions_of_right 1 --target 0 --out $(REAL)/collect $(HOW)
-	$(RUN) sft.py --model $(MODEL) --data $(REAL)/collect/d_revision.jsonl --out $(REAL)/srt --batch 16 --epochs 1 --lr 1e-5 --objective $(OBJECTIVE)
+	$(RUN) sft.py --model $(MODEL) --data $(REAL)/collect/d_revision.jsonl --out $(REAL)/srt --batch 16 --epochs 1 --lr 1e-5 --objective $(OBJECTIVE) --seed $(SEED)
+	rm -rf $(REAL)/srt/state
 	@echo "== RFT: the baseline, with about as many generations"
 	$(RUN) srt.py --model $(MODEL) --data $(TRAIN) --range $(word 1,$(ROWS)) --num_responses 6 --num_revisions 0 --target 0 --out $(REAL)/collect_rft $(HOW)
-	$(RUN) sft.py --model $(MODEL) --objective rft --data $(REAL)/collect_rft/responses.jsonl --out $(REAL)/rft --batch 16 --epochs 1 --lr 1e-5
+	$(RUN) sft.py --model $(MODEL) --objective rft --data $(REAL)/collect_rft/responses.jsonl --out $(REAL)/rft --batch 16 --epochs 1 --lr 1e-5 --seed $(SEED)
+	rm -rf $(REAL)/rft/state
 	@echo "== does the teacher correct, or copy?"
 	$(PY) kl.py --student $(REAL)/srt/final --teacher $(REAL)/srt/final --responses $(REAL)/collect/responses.jsonl --out $(REAL)/kl
 	@echo "== SD-Zero"

@@ -38,7 +38,7 @@ from kl import COPIED, KINDS, chunked_kl
 
 # flags that a run that goes on may change: none of them changes the objective or what a step is made of
 FREE = ("steps lr warmup weight_decay clip val_every save_every max_sync_gap stop_when_worse micro_tokens "
-        "dtype checkpointing compile tracker engine vllm_memory judge_seconds unsafe_no_sandbox")
+        "dtype checkpointing compile flash tracker engine vllm_memory judge_seconds unsafe_no_sandbox")
 
 
 class Row(NamedTuple):

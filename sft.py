@@ -36,7 +36,7 @@ from common.run import fail, natural, positive, within
 from kl import chunked_ce
 
 # flags that a run that goes on may change: none of them moves a row to another step
-FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype checkpointing compile tracker"
+FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype checkpointing compile flash tracker"
 UNSAID = 0.3  # probability of P_r after y_init: .86 where two stages work (the demo), 1e-8 where they do not
 
 # ----------------------------------------------------------------------------------------------------- data

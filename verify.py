@@ -259,9 +259,9 @@ class Judge(contextlib.AbstractContextManager):
         if not sandbox:
             say(f"--unsafe_no_sandbox: {UNSAFE}")
         workers = workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.mode, self.verifier, self.workers = mode, load_verifier(mode), Workers(mode, workers, memory)
+        self.mode, self.verifier, self.workers = mode, load_verifier(mode), Workers(mode, memory)
         self.limits = {"seconds": limit, "memory": 1.0, "sandbox": sandbox}
-        self.pool = ThreadPoolExecutor(workers)  # each of its threads takes a worker that is idle
+        self.pool = ThreadPoolExecutor(workers)  # each of its threads takes an idle worker, or starts one
 
     def gold(self, row):
         """(gold, None) or (None, why there is none) of a row of a data set."""

@@ -139,6 +139,8 @@ class VLLMSampler(Sampler):
     def __init__(self, model, tokenizer, max_len, device, dtype, memory=0.85, max_seqs=256, eager=False):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights go in by reference
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # compiled for minutes; seeds rule it out
+        os.environ.setdefault("FLASHINFER_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         from vllm import LLM
         self.max_len = min(max_len, verify.context_length(model))
@@ -149,7 +151,7 @@ class VLLMSampler(Sampler):
         self.llm = LLM(
             model, tensor_parallel_size=1, max_model_len=self.max_len, max_num_seqs=max_seqs, seed=0,
             dtype=str(dtype).removeprefix("torch."), gpu_memory_utilization=memory, generation_config="vllm",
-            enforce_eager=eager or self.on_cpu,
+            use_tqdm_on_load=False, enforce_eager=eager or self.on_cpu,
             **(whole_prompts if self.on_cpu else {"enable_sleep_mode": True}),
             distributed_executor_backend="external_launcher" if dist.get_world_size() > 1 else None)
 

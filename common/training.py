@@ -9,11 +9,13 @@ What training needs, whatever the loss: rows packed without padding, a model und
   speed     forward_flops(), mfu()
   flags     add_training_flags(), settle_flags()
 """
+import contextlib
 import functools
 import inspect
 import itertools
 import math
 import os
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import torch
@@ -34,6 +36,8 @@ from common.tracker import TRACKER_HELP, TRACKERS, tracker_name
 
 # fewer heads of k and v than of q: torch 2.11 takes them without the flag
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+FLASH_4 = "4.0.0b18"  # later ones return more than torch 2.13 takes
 
 if torch.ops.torch_attn._varlen_attn not in flop_registry:  # torch 2.11: it would seem free to compute again
     @register_flop_formula(torch.ops.torch_attn._varlen_attn)
@@ -97,6 +101,23 @@ def pack(lengths, budget, device):
 
 
 # ------------------------------------------------------------------------------------------------ the model
+
+
+def installed_flash_4():
+    """The version of flash-attn-4, or 'none'."""
+    with contextlib.suppress(PackageNotFoundError):
+        return version("flash-attn-4")
+    return "none"
+
+
+def use_flash_4():
+    """packed_attention by FlashAttention 4 from here on; ends the program where that cannot be."""
+    from torch.nn.attention import activate_flash_attention_impl
+    there = installed_flash_4()
+    if not torch.cuda.is_available() or torch.__version__ < "2.13" or there != FLASH_4:
+        fail(f"--flash 4 needs a Hopper or Blackwell GPU, torch 2.13 and flash-attn-4 {FLASH_4} (pip install "
+             f"flash-attn-4=={FLASH_4}); here are torch {torch.__version__} and flash-attn-4 {there}")
+    activate_flash_attention_impl("FA4")
 
 
 def make_mesh(ranks):
@@ -223,6 +244,7 @@ def add_training_flags(parser):
     add("--checkpointing", type=int, choices=(0, 1), default=int(cuda), help="1 (default on cuda): recompute "
         "activations; 0: keep them, and gathered weights too: faster, and larger")
     add("--compile", type=int, choices=(0, 1), default=int(cuda), help="each block; default: 1 on cuda")
+    add("--flash", type=int, choices=(2, 4), default=2, help="FlashAttention; for 4 see docs/performance.md")
     add("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
     add("--seed", type=int, default=0)
     add("--tracker", type=tracker_name, choices=TRACKERS, help=TRACKER_HELP)
@@ -233,5 +255,7 @@ def settle_flags(args, device):
     """Makes args.dtype torch's and the switches bool, and says what holds on this device."""
     args.dtype = getattr(torch, args.dtype)
     args.checkpointing, args.compile = bool(args.checkpointing), bool(args.compile)
+    if args.flash == 4:
+        use_flash_4()
     say(f"{dist.get_world_size()} rank(s) on {device.type}: {args.dtype}, "
         f"checkpointing {args.checkpointing}, compile {args.compile}")

@@ -104,8 +104,8 @@ def bench_math(kind, pairs, workers):
 def bench_start(workers):
     started = time.time()
     with verify.Judge("math", workers=workers) as judge:
-        judge([verify.Problem("", "", "x")], ["\\boxed{y}"])
-        print(f"pool of {workers} workers: first verdict after {time.time() - started:.2f} s", flush=True)
+        judge([verify.Problem("", "", "x")] * workers, ["\\boxed{y}"] * workers)
+        print(f"pool of {workers} workers: first verdicts after {time.time() - started:.2f} s", flush=True)
 
 
 def bench_code(programs, workers):

@@ -687,7 +687,6 @@ def test_a_worker_that_is_stopped_at_any_moment_leaves_nothing():
     with verify.Judge("code", workers=1) as judge:
         for moment in range(0, 32, 2):
             worker = judge.workers.start()
-            judge.workers.read(worker, 60)  # it is ready
             worker.stdin.write(request.encode())
             worker.stdin.flush()
             time.sleep(moment / 1000)

@@ -31,13 +31,15 @@ from conftest import REPO, make_rows, read, run
 from safetensors.torch import load_file, save_file
 from test_kl import reference
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.nn.attention import restore_flash_attention_impl
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 import kl
 from common.checkpoint import save_model, states
 from common.run import launch
 from common.sampler import VLLMSampler
-from common.training import full_tensors, load_model, make_batch, make_mesh, packed_attention
+from common.training import (FLASH_4, full_tensors, installed_flash_4, load_model, make_batch, make_mesh,
+                             packed_attention, use_flash_4)
 from verify import PHRASES, load_tokenizer
 
 GPUS = torch.cuda.device_count()
@@ -233,9 +235,22 @@ def rows_that_see_each_other(*args, starts, segments, longest, **how):
     return packed_attention(*args, starts=starts[[0, -1]], segments=segments and ends, longest=ends[1], **how)
 
 
+@pytest.fixture(params=[2, 4])
+def flash(request):
+    """--flash"""
+    if request.param == 4:
+        if installed_flash_4() != FLASH_4:
+            pytest.skip(f"flash-attn-4 {FLASH_4} is not installed")
+        use_flash_4()
+        yield
+        restore_flash_attention_impl()
+    else:
+        yield
+
+
 @on_gpu
 @pytest.mark.parametrize("family", LAYERS)
-def test_packed_attention_against_eager(family, ranks, tmp_path):
+def test_packed_attention_against_eager(family, flash, ranks, tmp_path):
     folder, dtype = make_model(str(tmp_path / "model"), family, tie=family == "qwen3"), torch.bfloat16
     exact, eager = eager_pass(folder, torch.float64, "cpu"), eager_pass(folder, dtype, ranks.device)
     check_no_further(packed_pass(folder, dtype, ranks), eager, exact)
@@ -350,6 +365,8 @@ def test_kl_and_cross_entropy(kind, topk, fresh_compiler, monkeypatch):
 
 VARIANTS = {f"compile {c}, checkpointing {k}": ["--compile", c, "--checkpointing", k]
             for c in (0, 1) for k in (0, 1)}
+if installed_flash_4() == FLASH_4:
+    VARIANTS["flash 4"] = ["--flash", 4]
 COMMON = ["--batch", 12, "--lr", "1e-3", "--micro_tokens", 300, "--save_every", 1]
 HOW = {"sft.py": [*COMMON, "--objective", "sum", "--epochs", 1],
        "distill.py": [*COMMON, "--steps", 1, "--warmup", 0, "--max_tokens", 32, "--temperature", "0.1"]}

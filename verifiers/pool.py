@@ -90,19 +90,21 @@ def descendants(pid):
 
 class Workers:
     """
-    Processes that ask a verifier, one question at a time; any thread may use them. One that takes too long or
-    dies is replaced. memory: GiB of address space of each.
+    Processes that ask a verifier, one question at a time; any thread may use them. A thread that finds none
+    idle starts one, so that there are as many as threads have asked at once. One that takes too long or dies
+    is replaced. memory: GiB of address space of each.
     """
 
-    def __init__(self, mode, count, memory):
-        self.mode, self.memory = mode, memory
+    def __init__(self, mode, memory):
+        self.mode, self.memory, self.idle = mode, memory, deque()
         self.shown = set()  # of which function a traceback, or an end without one, has been shown
-        started = [self.start() for _ in range(count)]  # all at once: their imports take a second
-        self.idle = deque(map(self.ready, started))
 
     def ask(self, function, arguments, seconds):
         """(what a function of the verifier returns, None), or (None, 'timeout' or 'crash')."""
-        process = self.idle.pop()
+        try:
+            process = self.idle.pop()
+        except IndexError:
+            process = self.start()
         try:
             process.stdin.write((json.dumps([seconds, function, arguments], default=str) + "\n").encode())
             process.stdin.flush()
@@ -111,7 +113,7 @@ class Workers:
             line = b""
         if not line:
             self.stop(process)
-            process = self.ready(self.start())
+            process = self.start()
         self.idle.append(process)
         reply = json.loads(line or "{}")
         if "value" in reply:
@@ -125,14 +127,11 @@ class Workers:
         return None, "timeout" if line is None else "crash"
 
     def start(self):
-        """A new worker, in a session of its own: Ctrl-C does not reach it."""
-        return subprocess.Popen(
+        """A new worker, its imports made, in a session of its own: Ctrl-C does not reach it."""
+        process = subprocess.Popen(
             [sys.executable, os.path.join(PROJECT, "verify.py"), "--worker", self.mode, str(self.memory)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-    def ready(self, process):
-        """Waits until a new worker has made its imports."""
         if not self.read(process, 60):
             raise RuntimeError(f"a judge worker did not start; run this to see why: {' '.join(process.args)}")
         return process
