@@ -5,10 +5,10 @@
 # make chaos  30 runs of the scripts, killed at random moments and resumed: about 15 minutes
 # Each sets up .venv first: the full stack where nvidia-smi finds a GPU, else one without CUDA.
 
-PYTHON ?= python3
-SEED ?= 0
-JOBS ?= 2
-OUT ?= runs/demo
+PYTHON = python3
+SEED = 0
+JOBS = 2
+OUT = runs/demo
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -1)
 STACK := $(if $(GPU),requirements.txt,requirements-cpu.txt)
 PY := .venv/bin/python
@@ -73,21 +73,21 @@ demo: setup
 # A real model, from collection to the same table and picture; each stage goes on where it was. docs/real.md has what was
 # seen. make real MODEL=Qwen/Qwen2.5-Coder-1.5B-Instruct DATA=openai/gsm8k:main; a folder for MODEL, and files by
 # TRAIN=train.jsonl TEST=test.jsonl. The rows of TRAIN: for collection, for phase 2, for validation. Another SRT:
-# OBJECTIVE="two-stage --stage2_size 600".
+# OBJECTIVE="two-stage --stage2_size 600". A stage of SFT that is done needs no state any more (1.5B: 37 GB).
 
-MODEL ?= Qwen/Qwen2.5-Coder-1.5B-Instruct
-DATA ?= openai/gsm8k:main
-TRAIN ?= $(DATA)@train
-TEST ?= $(DATA)@test
-REAL ?= runs/real
-ROWS ?= 0:4000 4000:7200 7200:
-STEPS ?= 20
-KL ?= reverse
-SAMPLES ?= 2
-LR ?= 2e-6
-OBJECTIVE ?= sum
-TOKENS ?= 1024
-MORE ?=
+MODEL = Qwen/Qwen2.5-Coder-1.5B-Instruct
+DATA = openai/gsm8k:main
+TRAIN = $(DATA)@train
+TEST = $(DATA)@test
+REAL = runs/real
+ROWS = 0:4000 4000:7200 7200:
+STEPS = 20
+KL = reverse
+SAMPLES = 2
+LR = 2e-6
+OBJECTIVE = sum
+TOKENS = 1024
+MORE =
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 RUN = $(if $(filter-out 0 1,$(GPUS)),$(PY) -m torch.distributed.run --standalone --nproc_per_node $(GPUS),$(PY))
 HOW = --max_tokens $(TOKENS) --seed $(SEED) $(MORE)

@@ -26,6 +26,7 @@ import functools
 import json
 import math
 import os
+import runpy
 from typing import NamedTuple
 
 import torch
@@ -296,11 +297,11 @@ def main():
 
     os.makedirs(args.out, exist_ok=True)
     run.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1))
-    try:
-        from tests import page  # a folder beside this file
-        print(page.write(args.out, summary, shown, tokenizer))
-    except ImportError:
-        print(f"{args.out}/heatmap.html was not written: tests/page.py is not beside kl.py")
+    page = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "page.py")
+    if os.path.exists(page):
+        print(runpy.run_path(page)["write"](args.out, summary, shown, tokenizer))
+    else:
+        print(f"{args.out}/heatmap.html was not written: {page} is not there")
     torch.distributed.destroy_process_group()
 
 

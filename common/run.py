@@ -148,7 +148,7 @@ def say(message):
 
 def fail(message):
     """Bad input: ends the program with one line that says what was found and what to do."""
-    raise SystemExit(f"error: {message}")
+    sys.exit(f"error: {message}")  # not by raise: wandb would take that for a good end
 
 
 def write_atomically(path, content):

@@ -3,13 +3,14 @@ import json
 import os
 import signal
 import struct
+import subprocess
 import sys
 import time
 import types
 
 import pytest
 from chaos import go
-from conftest import read
+from conftest import REPO, read
 
 import distill
 import sft
@@ -246,3 +247,17 @@ def test_a_failing_tracker_ends_no_run(inputs, tmp_path):
     assert said.count("warning: --tracker tensorboard has failed") == 1
     for out in ("a", "b"):
         assert len(read(tmp_path / out / "metrics.jsonl")) == 5 and (tmp_path / out / "final").exists()
+
+
+def test_wandb_of_a_run_that_fails(tmp_path):
+    """Its own last line says so: wandb's page would show a run that ended in an error as a good one."""
+    pytest.importorskip("wandb")
+    (tmp_path / "flags.json").write_text("{}")
+    code = (f"import sys; sys.path.insert(0, {str(REPO)!r}); from common.run import fail; from common import "
+            f"tracker; tracker.Tracker('wandb', {str(tmp_path)!r}, [{{'step': 0}}]); fail('planted')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "WANDB_MODE": "offline"})
+    assert done.returncode == 1 and "error: planted" in done.stderr
+    path, = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    ends = [record.exit.exit_code for record in records(path) if record.HasField("exit")]
+    assert ends == [1]
