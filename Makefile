@@ -73,7 +73,8 @@ demo: setup
 # A real model, from collection to the same table and picture; each stage goes on where it was. docs/real.md has what was
 # seen. make real MODEL=Qwen/Qwen2.5-Coder-1.5B-Instruct DATA=openai/gsm8k:main; a folder for MODEL, and files by
 # TRAIN=train.jsonl TEST=test.jsonl. The rows of TRAIN: for collection, for phase 2, for validation. Another SRT:
-# OBJECTIVE="two-stage --stage2_size 600". A stage of SFT that is done needs no state any more (1.5B: 37 GB).
+# OBJECTIVE="two-stage --stage2_size 600"; SEED=1. All of them on make's command line: the environment does not count. A stage
+# of SFT that is done needs no state any more (1.5B: 37 GB).
 
 MODEL = Qwen/Qwen2.5-Coder-1.5B-Instruct
 DATA = openai/gsm8k:main
@@ -94,11 +95,11 @@ HOW = --max_tokens $(TOKENS) --seed $(SEED) $(MORE)
 real: setup
 	$(RUN) srt.py --model $(MODEL) --data $(TRAIN) --range $(word 1,$(ROWS)) --num_responses 2 --num_revisions 4 --revisions_of_right 1 --target 0 --out $(REAL)/collect $(HOW)
 	$(RUN) sft.py --model $(MODEL) --data $(REAL)/collect/d_revision.jsonl --out $(REAL)/srt --batch 16 --epochs 1 --lr 1e-5 --objective $(OBJECTIVE) --seed $(SEED)
-	rm -rf $(REAL)/srt/state
+	test -e $(REAL)/srt/summary.json && rm -rf $(REAL)/srt/state
 	@echo "== RFT: the baseline, with about as many generations"
 	$(RUN) srt.py --model $(MODEL) --data $(TRAIN) --range $(word 1,$(ROWS)) --num_responses 6 --num_revisions 0 --target 0 --out $(REAL)/collect_rft $(HOW)
 	$(RUN) sft.py --model $(MODEL) --objective rft --data $(REAL)/collect_rft/responses.jsonl --out $(REAL)/rft --batch 16 --epochs 1 --lr 1e-5 --seed $(SEED)
-	rm -rf $(REAL)/rft/state
+	test -e $(REAL)/rft/summary.json && rm -rf $(REAL)/rft/state
 	@echo "== does the teacher correct, or copy?"
 	$(PY) kl.py --student $(REAL)/srt/final --teacher $(REAL)/srt/final --responses $(REAL)/collect/responses.jsonl --out $(REAL)/kl
 	@echo "== SD-Zero"

@@ -45,7 +45,7 @@ class TensorBoard:
             self.writer.add_scalar(name, value, row["step"])
         self.writer.flush()  # a kill would lose what waits
 
-    def close(self):
+    def close(self, failed=False):
         self.writer.close()
 
 
@@ -75,8 +75,8 @@ class Wandb:
         if row["step"] >= self.first:
             self.run.log(numbers_of(row), step=row["step"], commit=True)
 
-    def close(self):
-        self.run.finish()
+    def close(self, failed=False):
+        self.run.finish(exit_code=int(failed))
 
 
 TRACKERS = {"wandb": Wandb, "tensorboard": TensorBoard}
@@ -92,17 +92,22 @@ class Tracker:
                 self.to = TRACKERS[name](out, json.load(f))
             for row in rows:
                 self.to.send(row)
-        sys.excepthook = hook  # wandb's would print a traceback before our line, also where it has failed
+
+        def uncaught(*error):  # wandb's own would print a traceback before our line, also where it has failed
+            hook(*error)
+            self.close(failed=True)
+
+        sys.excepthook = uncaught if self.to else hook
 
     def send(self, row):
         with self.harmless():
             if self.to:
                 self.to.send(row)
 
-    def close(self):
+    def close(self, failed=False):
         with self.harmless():
             if self.to:
-                self.to.close()
+                self.to.close(failed)
 
     @contextlib.contextmanager
     def harmless(self):

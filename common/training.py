@@ -114,9 +114,11 @@ def use_flash_4():
     """packed_attention by FlashAttention 4 from here on; ends the program where that cannot be."""
     from torch.nn.attention import activate_flash_attention_impl
     there = installed_flash_4()
-    if not torch.cuda.is_available() or torch.__version__ < "2.13" or there != FLASH_4:
-        fail(f"--flash 4 needs a Hopper or Blackwell GPU, torch 2.13 and flash-attn-4 {FLASH_4} (pip install "
-             f"flash-attn-4=={FLASH_4}); here are torch {torch.__version__} and flash-attn-4 {there}")
+    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else "none"
+    if major not in (9, 10) or torch.__version__ < "2.13" or there != FLASH_4:
+        fail("--flash 4 needs a GPU of compute capability 9 or 10 (H100, B200), torch 2.13 and flash-attn-4 "
+             f"{FLASH_4} (pip install flash-attn-4=={FLASH_4}); here are {major}, torch {torch.__version__} "
+             f"and flash-attn-4 {there}")
     activate_flash_attention_impl("FA4")
 
 
@@ -258,4 +260,5 @@ def settle_flags(args, device):
     if args.flash == 4:
         use_flash_4()
     say(f"{dist.get_world_size()} rank(s) on {device.type}: {args.dtype}, "
-        f"checkpointing {args.checkpointing}, compile {args.compile}")
+        f"checkpointing {args.checkpointing}, compile {args.compile}"
+        + (f", FlashAttention {args.flash}" if device.type == "cuda" else ""))

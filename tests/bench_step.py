@@ -404,6 +404,7 @@ def main():
     parser.add_argument("--rows", type=int, nargs="+", default=[4096] * 4 if torch.cuda.is_available() else [64] * 4)
     parser.add_argument("--only", nargs="+", default=["sft 1 1", "sft 0 1", "teacher 0 1"], help="'kind checkpointing compile'")
     parser.add_argument("--varied", action="store_true", help="rows of other lengths in each step, as many tokens as --rows")
+    parser.add_argument("--flash", type=int, choices=(2, 4), default=2, help="FlashAttention")
     parser.add_argument("--peer", action="store_true", help="distill.py against TRL's SDFT trainer, and stop")
     parser.add_argument("--child", choices=("ours", "TRL"), help=argparse.SUPPRESS)
     parser.add_argument("--state", metavar="FOLDER", help="save and load the state of an sft row there too, timed")
@@ -417,6 +418,8 @@ def main():
         return compare_with_trl(args.model, args.shape)
     if args.child:
         return {"ours": ours_child, "TRL": trl_child}[args.child](args.model)
+    if args.flash == 4:
+        training.use_flash_4()
     ranks = launch()
     if args.memory:
         memory_table(ranks)

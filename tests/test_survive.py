@@ -462,7 +462,7 @@ srt.py      --out {good.jsonl}                      good.jsonl
 srt.py      --out {good.jsonl}/deeper               good.jsonl
 sft.py      --model {missing}                       cannot be used
 sft.py      --model {broken_weights}                header
-sft.py      --flash 4                               --flash 4 needs a Hopper or Blackwell GPU
+sft.py      --flash 4                               --flash 4 needs a GPU of compute capability
 sft.py      --data {missing.jsonl}                  missing.jsonl is not there
 sft.py      --data {nothing.jsonl}                  no rows for stage 1
 sft.py      --data {good.jsonl}                     field 'y_init_tokens'
@@ -525,8 +525,8 @@ verify.py   --mode poem                             poem.py cannot be used
 
 def test_bad_input(bad, inputs, tmp_path):
     """
-    Each case: one line on stderr that names what is wrong, a non-zero exit within 10 s of its own time (the clock's bound is
-    wider, for other tests run meanwhile), nothing half-written.
+    Each case: one line on stderr that names what is wrong, a non-zero exit within 10 s of its own time (more where there
+    are workers of a judge; the clock's bound is wider, for other tests run meanwhile), nothing half-written.
     """
     model, problems = inputs["srt.py"][1], bad / "good.jsonl"
     commands = {**inputs, "verify.py": ["--data", problems],
@@ -546,7 +546,7 @@ def test_bad_input(bad, inputs, tmp_path):
         err = Path(f"{log}.err").read_text().replace("\r", "\n")
         lines = [line for line in err.splitlines() if "error:" in line]
         written = set(os.listdir(out)) - {"flags.json"} if out.exists() else None
-        if (ended_well or took > 60 or used > 10 + 2 * os.cpu_count() or "Traceback" in err or len(lines) != 1 or want not in lines[0] or written
+        if (ended_well or took > 60 or used > (10 if script in ("sft.py", "kl.py") else 40) or "Traceback" in err or len(lines) != 1 or want not in lines[0] or written
                 or sorted(bad.rglob("*")) != before):
             wrong.append(f"{case}\n    {took:.1f} s, {used:.1f} s of its own, written {written}: {err[-600:]}")
     assert len(cases) >= 40 and not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)

@@ -249,15 +249,16 @@ def test_a_failing_tracker_ends_no_run(inputs, tmp_path):
         assert len(read(tmp_path / out / "metrics.jsonl")) == 5 and (tmp_path / out / "final").exists()
 
 
-def test_wandb_of_a_run_that_fails(tmp_path):
+@pytest.mark.parametrize("error", ["fail('planted')", "raise OSError('planted')"])
+def test_wandb_of_a_run_that_fails(error, tmp_path):
     """Its own last line says so: wandb's page would show a run that ended in an error as a good one."""
     pytest.importorskip("wandb")
     (tmp_path / "flags.json").write_text("{}")
     code = (f"import sys; sys.path.insert(0, {str(REPO)!r}); from common.run import fail; from common import "
-            f"tracker; tracker.Tracker('wandb', {str(tmp_path)!r}, [{{'step': 0}}]); fail('planted')")
+            f"tracker; tracker.Tracker('wandb', {str(tmp_path)!r}, [{{'step': 0}}]); {error}")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env={**os.environ, "WANDB_MODE": "offline"})
-    assert done.returncode == 1 and "error: planted" in done.stderr
+    assert done.returncode == 1 and done.stderr.count("planted") == 1 + done.stderr.count("raise OSError")
     path, = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     ends = [record.exit.exit_code for record in records(path) if record.HasField("exit")]
     assert ends == [1]

@@ -101,7 +101,6 @@ def test_start_up_of_the_pool():
     subprocess.run([sys.executable, "-c", "import math_verify"], check=True)
     alone = seconds_of_children() - before
     with verify.Judge(workers=2) as judge:
-        assert not judge.workers.idle  # none before the first question
         judge([math("5")], ["\\boxed{5}"])
         assert len(judge.workers.idle) == 1
     assert 0 < seconds_of_children() - before - alone < 2 * alone + 0.5

@@ -90,14 +90,15 @@ def descendants(pid):
 
 class Workers:
     """
-    Processes that ask a verifier, one question at a time; any thread may use them. A thread that finds none
-    idle starts one, so that there are as many as threads have asked at once. One that takes too long or dies
-    is replaced. memory: GiB of address space of each.
+    Processes that ask a verifier, one question at a time; any thread may use them. There is one at first; a
+    thread that finds none idle starts another, so that there are as many as threads have asked at once. One
+    that takes too long or dies is replaced. memory: GiB of address space of each. RuntimeError: none starts.
     """
 
     def __init__(self, mode, memory):
-        self.mode, self.memory, self.idle = mode, memory, deque()
+        self.mode, self.memory = mode, memory
         self.shown = set()  # of which function a traceback, or an end without one, has been shown
+        self.idle = deque([self.start()])
 
     def ask(self, function, arguments, seconds):
         """(what a function of the verifier returns, None), or (None, 'timeout' or 'crash')."""
@@ -128,13 +129,15 @@ class Workers:
 
     def start(self):
         """A new worker, its imports made, in a session of its own: Ctrl-C does not reach it."""
-        process = subprocess.Popen(
-            [sys.executable, os.path.join(PROJECT, "verify.py"), "--worker", self.mode, str(self.memory)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if not self.read(process, 60):
-            raise RuntimeError(f"a judge worker did not start; run this to see why: {' '.join(process.args)}")
-        return process
+        for _ in range(2):  # a signal to all processes of a job may kill one that is not yet deaf to it
+            process = subprocess.Popen(
+                [sys.executable, os.path.join(PROJECT, "verify.py"), "--worker", self.mode, str(self.memory)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            if self.read(process, 300):
+                return process
+            self.stop(process)
+        raise RuntimeError(f"a judge worker did not start; run this to see why: {' '.join(process.args)}")
 
     def read(self, process, seconds):
         """A line of a worker, b"" if it is dead, None if it takes too long."""
