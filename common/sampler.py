@@ -139,7 +139,8 @@ class VLLMSampler(Sampler):
     def __init__(self, model, tokenizer, max_len, device, dtype, memory=0.85, max_seqs=256, eager=False):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights go in by reference
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # compiled for minutes; seeds rule it out
+        # it would be compiled for minutes, and is not used where requests have seeds
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         os.environ.setdefault("FLASHINFER_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         from vllm import LLM

@@ -92,7 +92,7 @@ class Workers:
     """
     Processes that ask a verifier, one question at a time; any thread may use them. There is one at first; a
     thread that finds none idle starts another, so that there are as many as threads have asked at once. One
-    that takes too long or dies is replaced. memory: GiB of address space of each. RuntimeError: none starts.
+    that takes too long is stopped. memory: GiB of address space of each. RuntimeError: none starts.
     """
 
     def __init__(self, mode, memory):
@@ -112,10 +112,10 @@ class Workers:
             line = self.read(process, seconds)
         except BrokenPipeError:
             line = b""
-        if not line:
+        if line:
+            self.idle.append(process)
+        else:
             self.stop(process)
-            process = self.start()
-        self.idle.append(process)
         reply = json.loads(line or "{}")
         if "value" in reply:
             return reply["value"], None
