@@ -3,6 +3,8 @@ Both samplers: what they return, and that weights reach them. The vLLM half runs
 conftest.py runs it last: vLLM takes the process group down when an engine ends.
 """
 import os
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from conftest import have_vllm
 
 import verify
 from common import checkpoint, training
-from common.sampler import Request, make_sampler, pick
+from common.sampler import Request, VLLMSampler, make_sampler, pick
 
 HAVE_VLLM = have_vllm()
 if os.environ.get("REQUIRE_VLLM") and not HAVE_VLLM:
@@ -64,6 +66,23 @@ def prompts_of(folder, n=12):
 def greedy(sampler, folder):
     prompts = [(x * 8)[:200] for x in prompts_of(folder)]  # longer than a block of the prefix cache, 128 tokens on a CPU
     return [s.ids for s in sampler.generate(prompts, range(len(prompts)), max_tokens=24, temperature=0.0)]
+
+
+@pytest.mark.parametrize("error, named", [
+    (ValueError("Free memory on device cuda:0 (3.1/79.2 GiB) on startup is less than\ndesired"), True),
+    (AssertionError("Error in memory profiling. Initial free memory 1, current free memory 2."), True),
+    (ValueError("Model architectures ['X'] are not supported for now."), False)])
+def test_too_little_memory_for_vllm(error, named, models, ranks, monkeypatch):
+    """vLLM's own words speak of its flags, so ours is named first; what is no matter of memory stays as it is."""
+    def llm(*_, **__):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=llm))
+    folder = models["tied", 0]
+    with pytest.raises(SystemExit if named else ValueError) as found:
+        VLLMSampler(folder, verify.load_tokenizer(folder), 256, ranks.device, torch.float32, memory=0.85)
+    said = " ".join(str(error).split())
+    assert str(found.value) == (f"error: --vllm_memory 0.85 does not do for vLLM: {said}" if named else said)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
