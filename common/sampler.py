@@ -149,13 +149,12 @@ class VLLMSampler(Sampler):
         self.end_ids = tokenizer.end_ids
         # on a CPU chunked prefill and a request's seed do not go together (vLLM 0.32), and nothing can sleep
         whole_prompts = dict(enable_chunked_prefill=False, max_num_batched_tokens=max(8192, self.max_len))
-        backend = "external_launcher" if dist.get_world_size() > 1 else None
         try:
             self.llm = LLM(
                 model, tensor_parallel_size=1, max_model_len=self.max_len, max_num_seqs=max_seqs, seed=0,
                 dtype=str(dtype).removeprefix("torch."), gpu_memory_utilization=memory,
                 generation_config="vllm", enforce_eager=eager or self.on_cpu, use_tqdm_on_load=False,
-                distributed_executor_backend=backend,
+                distributed_executor_backend="external_launcher" if dist.get_world_size() > 1 else None,
                 **(whole_prompts if self.on_cpu else {"enable_sleep_mode": True}))
         except (AssertionError, RuntimeError, ValueError) as e:  # also where another process frees some
             if "memory" not in str(e):

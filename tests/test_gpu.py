@@ -238,14 +238,14 @@ def rows_that_see_each_other(*args, starts, segments, longest, **how):
 @pytest.fixture(params=[2, 4])
 def flash(request):
     """--flash"""
-    if request.param == 4:
-        if installed_flash_4() != FLASH_4:
-            pytest.skip(f"flash-attn-4 {FLASH_4} is not installed")
+    if request.param == 2:
+        yield
+    elif installed_flash_4() != FLASH_4:
+        pytest.skip(f"flash-attn-4 {FLASH_4} is not installed")
+    else:
         use_flash_4()
         yield
         restore_flash_attention_impl()
-    else:
-        yield
 
 
 @on_gpu

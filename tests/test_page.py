@@ -205,7 +205,7 @@ def test_without_the_tests_folder(guesser, responses, tmp_path):
                           cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^wrong +4 ", done.stdout, re.M)
-    assert "heatmap.html was not written:" in done.stdout
+    assert f"heatmap.html was not written: {alone / 'tests/page.py'} is not there" in done.stdout
     assert os.listdir(tmp_path / "out") == ["summary.json"]
 
 

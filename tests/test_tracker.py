@@ -251,7 +251,7 @@ def test_a_failing_tracker_ends_no_run(inputs, tmp_path):
 
 @pytest.mark.parametrize("error", ["fail('planted')", "raise OSError('planted')"])
 def test_wandb_of_a_run_that_fails(error, tmp_path):
-    """Its own last line says so: wandb's page would show a run that ended in an error as a good one."""
+    """wandb hears of it, by fail() and by an error that nobody catches: else its page shows a good run."""
     pytest.importorskip("wandb")
     (tmp_path / "flags.json").write_text("{}")
     code = (f"import sys; sys.path.insert(0, {str(REPO)!r}); from common.run import fail; from common import "

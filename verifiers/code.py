@@ -51,7 +51,8 @@ def gold(row):
     seconds = min(seconds, 60.0) if isinstance(seconds, (int, float)) and seconds > 0 else None
     if not isinstance(tolerance, (int, float)):
         text = " ".join(str(row.get(name)) for name in ("problem", "question", "prompt", "output_format"))
-        error = re.search(r"(absolute|relative)[^.]{,40}error[^.]{,80}?(10 *\^ *\{? *[-−–] *|1e-)(\d+)", text)
+        error = re.search(r"(absolute|relative)[^.]{,40}error[^.]{,80}?"
+                          r"(10 *\^ *\{? *[-−–] *|1e-)(\d+)", text)
         tolerance = 10.0 ** -int(error[3]) if error else None
     tests = {"cases": cases, "entry_point": entry, "seconds": seconds, "tolerance": tolerance}
     return (tests, None) if cases else (None, why)
