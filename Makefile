@@ -81,8 +81,8 @@ DATA = openai/gsm8k:main
 TRAIN = $(DATA)@train
 TEST = $(DATA)@test
 REAL = runs/real
-ROWS = 0:4000 4000:7200 7200:
-STEPS = 20
+ROWS = 0:3000 3000:7200 7200:
+STEPS = 11
 KL = reverse
 SAMPLES = 2
 LR = 2e-6
@@ -94,11 +94,11 @@ RUN = $(if $(filter-out 0 1,$(GPUS)),$(PY) -m torch.distributed.run --standalone
 HOW = --max_tokens $(TOKENS) --seed $(SEED) $(MORE)
 real: setup
 	$(RUN) srt.py --model $(MODEL) --data $(TRAIN) --range $(word 1,$(ROWS)) --num_responses 2 --num_revisions 4 --revisions_of_right 1 --target 0 --out $(REAL)/collect $(HOW)
-	$(RUN) sft.py --model $(MODEL) --data $(REAL)/collect/d_revision.jsonl --out $(REAL)/srt --batch 16 --epochs 1 --lr 1e-5 --objective $(OBJECTIVE) --seed $(SEED)
+	$(RUN) sft.py --model $(MODEL) --data $(REAL)/collect/d_revision.jsonl --out $(REAL)/srt --batch 16 --epochs 1 --lr 1e-5 --objective $(OBJECTIVE) --save_every 1000 --seed $(SEED)
 	test -e $(REAL)/srt/summary.json && rm -rf $(REAL)/srt/state
 	@echo "== RFT: the baseline, with about as many generations"
 	$(RUN) srt.py --model $(MODEL) --data $(TRAIN) --range $(word 1,$(ROWS)) --num_responses 6 --num_revisions 0 --target 0 --out $(REAL)/collect_rft $(HOW)
-	$(RUN) sft.py --model $(MODEL) --objective rft --data $(REAL)/collect_rft/responses.jsonl --out $(REAL)/rft --batch 16 --epochs 1 --lr 1e-5 --seed $(SEED)
+	$(RUN) sft.py --model $(MODEL) --objective rft --data $(REAL)/collect_rft/responses.jsonl --out $(REAL)/rft --batch 32 --epochs 1 --lr 1e-5 --save_every 1000 --seed $(SEED)
 	test -e $(REAL)/rft/summary.json && rm -rf $(REAL)/rft/state
 	@echo "== does the teacher correct, or copy?"
 	$(PY) kl.py --student $(REAL)/srt/final --teacher $(REAL)/srt/final --responses $(REAL)/collect/responses.jsonl --out $(REAL)/kl

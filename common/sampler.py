@@ -136,7 +136,7 @@ def pick(logits, uniform, temperature, top_p):
 class VLLMSampler(Sampler):
     """vLLM in this process, an engine per rank; `step()` by hand, so that samples come out as they end."""
 
-    def __init__(self, model, tokenizer, max_len, device, dtype, memory=0.85, max_seqs=256, eager=False):
+    def __init__(self, model, tokenizer, max_len, device, dtype, memory=0.85, max_seqs=512, eager=False):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights go in by reference
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         # it would be compiled for minutes, and is not used where requests have seeds
