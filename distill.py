@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 import verify
 from common import checkpoint, run, training
-from common.metrics import Clock, Metrics, flops_of, log, sum_over_ranks, tally, warn
+from common.metrics import Clock, Metrics, flops_of, getting_worse, log, sum_over_ranks, tally
 from common.run import fail, natural, positive, share, within
 from common.samples import SHOWN, add_samples, cut_samples
 from common.sampler import check_lengths, close, engine_name, hand_out, make_sampler, request_seed
@@ -51,6 +51,10 @@ class Row(NamedTuple):
     weight: float  # of each token of y in the loss: 0 leaves the row out, 1 / len(y) averages per response
 
 
+# where a rank has nothing left and others do; it counts nowhere
+DUMMY = Row(x=[0], seen=[0], y=[0], logprobs=[0.0], correct=False, weight=0.0)
+
+
 def make_row(tokenizer, phrases, problem, x, sample, correct, max_teacher_len):
     """
     The Row of one sample. Where x, y, P_r, y is longer than max_teacher_len, both copies of y are cut to
@@ -64,19 +68,17 @@ def make_row(tokenizer, phrases, problem, x, sample, correct, max_teacher_len):
 
 def micro_batches(rows, side, budget, device):
     """
-    Packs `before + y` of all rows, before = row.x or row.seen. A list of (numbers of the rows, Batch,
-    positions that predict their y), on the device, as long on every rank: an empty share is a dummy of two
-    tokens, one of them selected.
+    Packs `before + y` of the rows, before = row.x or row.seen; DUMMY is the last. A list of (numbers of the
+    rows, Batch, positions that predict their y), on the device, as long on every rank: DUMMY makes it so.
     """
     full, packed = [getattr(row, side) + row.y for row in rows], []
-    for members in training.pack(list(map(len, full)), budget, device):
-        select, offset = [], 0
+    for members in training.pack(list(map(len, full[:-1])), budget, device):
+        members, select, end = members or [len(rows) - 1], [], 0
         for i in members:
-            first = offset + len(full[i]) - len(rows[i].y) - 1
-            select.extend(range(first, first + len(rows[i].y)))
-            offset += len(full[i])
-        packed.append((members, training.make_batch([full[i] for i in members] or [[0, 0]], device),
-                       torch.tensor(select or [0]).to(device)))
+            end += len(full[i])
+            select.extend(range(end - len(rows[i].y) - 1, end - 1))
+        batch = training.make_batch([full[i] for i in members], device)
+        packed.append((members, batch, torch.tensor(select).to(device)))
     return packed
 
 
@@ -86,48 +88,46 @@ def teacher_states(teacher, rows, budget, device):
     with torch.no_grad():
         for members, batch, select in micro_batches(rows, "seen", budget, device):
             hidden = teacher(batch, select, lambda hidden, head: hidden)  # [n, H]
-            parts = hidden.split([len(rows[i].y) for i in members]) if members else ()
-            for i, part in zip(members, parts):
+            states[-1] = hidden[:1]  # of DUMMY: any will do
+            for i, part in zip(members, hidden.split([len(rows[i].y) for i in members])):
                 states[i] = part
     return states
 
 
 def student_pass(student, rows, states, teacher_head, normaliser, args, ranks):
     """
-    Forward, exact KL, backward over this rank's rows; gradients add up in the student. normaliser: the sum
-    of the weights of all y tokens of the global batch. Returns sums over this rank's y tokens, by name: its
-    share of the loss; sync_gap, |log pi_sampler(y_t) - log pi_trainer(y_t)|; KL, and KL where y is right;
-    the student's entropy; tokens copied.
+    Forward, exact KL, backward over this rank's rows, DUMMY last; gradients add up in the student.
+    normaliser: the sum of the weights of all y tokens of the global batch. Returns sums over this rank's y
+    tokens, by name: its share of the loss; sync_gap, |log pi_sampler(y_t) - log pi_trainer(y_t)|; KL, and KL
+    where y is right; the student's entropy; tokens copied.
     """
     names = "loss", "sync_gap", "kl", "kl_right", "entropy", "copied"
     sums = torch.zeros(len(names), device=ranks.device)
-    columns = [(p, row.weight, row.correct) for row in rows for p in row.logprobs] or [(0, 0, 0)]
-    columns = torch.tensor(columns, dtype=torch.float32).to(ranks.device)  # [tokens, 3], then by row
-    columns = columns.split([len(row.y) for row in rows] or [1])
+    columns = [(p, row.weight, row.correct, row is not DUMMY) for row in rows for p in row.logprobs]
+    columns = torch.tensor(columns, dtype=torch.float32).to(ranks.device)  # [tokens, 4], then by row
+    columns = columns.split([len(row.y) for row in rows])
     for members, batch, select in micro_batches(rows, "x", args.micro_tokens, ranks.device):
         # from here to the next micro-batch the host waits for nothing
-        states_y = torch.cat([states[i] for i in members] or [torch.zeros_like(teacher_head[:1])])  # [n, H]
-        sampled, weight, right = torch.cat([columns[i] for i in members] or [sums.new_zeros(1, 3)]).unbind(1)
+        states_y = torch.cat([states[i] for i in members])  # [n, H]
+        sampled, weight, right, counts = torch.cat([columns[i] for i in members]).unbind(1)
         # FSDP averages gradients over ranks; times world makes that a sum over the global batch
         found = student(batch, select, lambda hidden, head: chunked_kl(
             hidden, head, states_y, teacher_head, weight * (ranks.world / normaliser), args.kl, args.topk,
             targets=batch.ids[select + 1]))
         found.loss.backward()
-        if members:
-            each = ((found.logp - sampled).abs(), found.kl, found.kl * right, found.entropy,
-                    found.teacher_logp > COPIED)
-            sums += torch.stack([found.loss.detach() / ranks.world, *(value.sum() for value in each)])
+        each = ((found.logp - sampled).abs(), found.kl, found.kl * right, found.entropy,
+                found.teacher_logp > COPIED)
+        sums += torch.stack([found.loss.detach() / ranks.world, *((value * counts).sum() for value in each)])
     return dict(zip(names, sums.tolist()))
 
 
-def sample_and_judge(sampler, judge, tokenizer, problems, prompts, seeds, args):
-    """One y per problem, and the future of its verdict: judging goes on while others are being sampled."""
-    samples, verdicts = [None] * len(prompts), [None] * len(prompts)
-    for sample in sampler.stream(hand_out(prompts, seeds), max_tokens=args.max_tokens,
+def sample_and_judge(sampler, judge, tokenizer, problems, prompts, mine, seeds, args):
+    """One y for each number in `mine`, and the future of its verdict: judging goes on while others come."""
+    samples, verdicts = [None] * len(mine), [None] * len(mine)
+    for sample in sampler.stream(hand_out([prompts[i] for i in mine], seeds), max_tokens=args.max_tokens,
                                  temperature=args.temperature, top_p=args.top_p):
-        i = sample.request.key
-        samples[i] = sample
-        verdicts[i] = judge.submit(problems[i], tokenizer.decode(sample.ids, skip_special_tokens=True))
+        at, text = sample.request.key, tokenizer.decode(sample.ids, skip_special_tokens=True)
+        samples[at], verdicts[at] = sample, judge.submit(problems[mine[at]], text)
     return samples, verdicts
 
 
@@ -135,8 +135,8 @@ def validate(sampler, judge, tokenizer, problems, prompts, args, ranks):
     """avg@k over the validation problems, k = --val_samples; and this rank's part of samples.md."""
     mine = [(i, k) for i in range(len(problems)) for k in range(args.val_samples)][ranks.rank::ranks.world]
     seeds = [request_seed(args.seed, "val", problems[i].id, k) for i, k in mine]
-    ys, verdicts = sample_and_judge(sampler, judge, tokenizer, [problems[i] for i, _ in mine],
-                                    [prompts[i] for i, _ in mine], seeds, args)
+    ys, verdicts = sample_and_judge(sampler, judge, tokenizer, problems, prompts, [i for i, _ in mine], seeds,
+                                    args)
     verdicts = [verdict.result() for verdict in verdicts]
     right = sum_over_ranks(ranks, right=sum(v.correct for v in verdicts))["right"]
     shown = [(i, problems[i].id, verdict.reason, len(y.ids), y.truncated,
@@ -207,6 +207,8 @@ def parse_args():
     args = run.parse(parser)
     if args.topk and args.kl == "jsd":
         parser.error("--topk cannot go with --kl jsd; use --topk 0, or another --kl")
+    if args.val_range and not args.val:
+        parser.error("--val_range is for the problems of --val; give that too")
     args.teacher = args.teacher or args.model
     return args
 
@@ -225,7 +227,8 @@ def main():
     if args.batch > len(problems):
         fail(f"--batch {args.batch} is more than the {len(problems)} problems of --data; lower it")
     longest = check_lengths(args.model, prompts + val_prompts, args.max_tokens)
-    check_lengths(args.teacher, prompts, args.max_tokens)
+    if args.topk > len(tokenizer):
+        fail(f"--topk {args.topk} is more than the {len(tokenizer)} tokens of the vocabulary; lower it")
     max_teacher_len = min(args.max_teacher_len, verify.context_length(args.teacher))
     run.open_out(args, ranks, FREE)
     if run.finished(args.out, "final", steps=args.steps):
@@ -265,7 +268,7 @@ def main():
         progress["best"] = checkpoint.keep_best(args.out, progress["best"], step, accuracy, save)
         return {"val_accuracy": accuracy}
 
-    first, stop = progress["step"], warn(progress, args)
+    first, stop = progress["step"], getting_worse(progress, args)
     for step in range(first, args.steps):
         if stop:
             break
@@ -280,8 +283,7 @@ def main():
         places = range(args.batch)[ranks.rank::ranks.world]
         mine = step_problems(step, args.batch, len(problems), args.seed)[ranks.rank::ranks.world]
         seeds = [request_seed(args.seed, step, place, problems[i].id) for place, i in zip(places, mine)]
-        samples, verdicts = sample_and_judge(sampler, judge, tokenizer, [problems[i] for i in mine],
-                                             [prompts[i] for i in mine], seeds, args)
+        samples, verdicts = sample_and_judge(sampler, judge, tokenizer, problems, prompts, mine, seeds, args)
         sampler.sleep()
         clock.lap("generate")
         verdicts = [verdict.result() for verdict in verdicts]
@@ -291,9 +293,9 @@ def main():
                 for i, y, verdict in zip(mine, samples, verdicts)]
         rows = [row for row in rows if row.y]  # not one without room for y
         weight = sum_over_ranks(ranks, weight=sum(row.weight * len(row.y) for row in rows))["weight"]
-        states = teacher_states(teacher, rows, args.micro_tokens, ranks.device)
+        states = teacher_states(teacher, rows + [DUMMY], args.micro_tokens, ranks.device)
         clock.lap("teacher")
-        sums = student_pass(student, rows, states, teacher_head, weight or 1.0, args, ranks)
+        sums = student_pass(student, rows + [DUMMY], states, teacher_head, weight or 1.0, args, ranks)
         lr, norm = args.lr * min(1.0, (step + 1) / max(1, args.warmup)), 0.0
         if weight:  # where no row has any, the step makes no update
             norm = training.optimizer_step(student, optimizer, lr, args.clip)
@@ -311,7 +313,7 @@ def main():
                  "are stale, or its numerics differ")
         progress["step"] = step + 1
         progress["history"].append([row["reward"], row["truncated"], row["entropy"]])
-        stop = warn(progress, args) and step + 1 < args.steps
+        stop = getting_worse(progress, args) and step + 1 < args.steps
         stop |= saver.after_step(step + 1, tensors, progress, last=stop)
         if step == first:  # what torch.compile made stays: vLLM collects garbage and need not look there
             gc.collect()

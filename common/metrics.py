@@ -2,8 +2,8 @@
 What a run says of its steps: a row of metrics.jsonl and a line on the screen for each, and curves.png.
 
   of any training   Metrics; memory(), sum_over_ranks(), Clock: what goes into a row
-  of distill.py     tally(), flops_of(): what is summed over a step; log() makes its row; worse() and warn()
-                    look at all steps so far
+  of distill.py     tally(), flops_of(): what is summed over a step; log() makes its row; worse() and
+                    getting_worse() look at all steps so far
 """
 import contextlib
 import json
@@ -106,6 +106,7 @@ def tally(rows, samples, verdicts):
             "tokens_right": sum(len(r.y) for r in rows if r.correct),
             "reward": sum(v.correct for v in verdicts), "response_len": sum(len(y.ids) for y in samples),
             "truncated": sum(y.truncated for y in samples),
+            "cut": sum(len(y.ids) for y in samples) - sum(len(r.y) for r in rows),
             "judge_failed": sum(v.reason in ("timeout", "crash") for v in verdicts)}
 
 
@@ -126,10 +127,12 @@ def log(metrics, args, ranks, step, sums, clock, **others):
            **{name: sums[name] / tokens for name in ("entropy", "copied", "sync_gap")},
            **{name: sums[name] / args.batch
               for name in ("reward", "response_len", "truncated", "judge_failed")},
+           "cut": sums["cut"] / max(1, sums["response_len"]),  # sampled for nothing
            "tokens": int(sums["tokens"]), "seconds": sum(clock.seconds.values()),
            **{f"seconds_{part}": seconds for part, seconds in clock.seconds.items()},
            "mfu": training.mfu(sums["flops"], spent, ranks.world), **others}
     more = f"  val {row['val_accuracy']:.3f}" if "val_accuracy" in row else ""
+    more += f"  cut {row['cut']:.1%}" if row["cut"] else ""
     more += "" if row["updated"] else "  no update: no row has weight"
     parts = " ".join(f"{part} {seconds:.1f}" for part, seconds in clock.seconds.items())
     metrics.report(f"step {step + 1}/{args.steps}  KL {row['loss']:.4f}  reward {row['reward']:.3f}  length "
@@ -157,7 +160,7 @@ def worse(history):
     return None
 
 
-def warn(progress, args):
+def getting_worse(progress, args):
     """Says once that the run gets worse. True if it is to end here."""
     why = progress["worse"] or worse(progress["history"])
     if why and not progress["worse"]:

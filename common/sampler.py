@@ -136,7 +136,7 @@ def pick(logits, uniform, temperature, top_p):
 class VLLMSampler(Sampler):
     """vLLM in this process, an engine per rank; `step()` by hand, so that samples come out as they end."""
 
-    def __init__(self, model, tokenizer, max_len, device, dtype, memory=0.85, max_seqs=512, eager=False):
+    def __init__(self, model, tokenizer, max_len, device, dtype, memory=0.85, max_seqs=512):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights go in by reference
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         # it would be compiled for minutes, and is not used where requests have seeds
@@ -149,13 +149,15 @@ class VLLMSampler(Sampler):
         self.end_ids = tokenizer.end_ids
         # on a CPU chunked prefill and a request's seed do not go together (vLLM 0.32), and nothing can sleep
         whole_prompts = dict(enable_chunked_prefill=False, max_num_batched_tokens=max(8192, self.max_len))
+        # a graph for every step, new prompts included: vLLM's own limit of 512 tokens leaves most without
+        graphs = dict(enable_sleep_mode=True, compilation_config={"max_cudagraph_capture_size": 2 * max_seqs})
         try:
             self.llm = LLM(
                 model, tensor_parallel_size=1, max_model_len=self.max_len, max_num_seqs=max_seqs, seed=0,
                 dtype=str(dtype).removeprefix("torch."), gpu_memory_utilization=memory,
-                generation_config="vllm", enforce_eager=eager or self.on_cpu, use_tqdm_on_load=False,
+                generation_config="vllm", enforce_eager=self.on_cpu, use_tqdm_on_load=False,
                 distributed_executor_backend="external_launcher" if dist.get_world_size() > 1 else None,
-                **(whole_prompts if self.on_cpu else {"enable_sleep_mode": True}))
+                **(whole_prompts if self.on_cpu else graphs))
         except (AssertionError, RuntimeError, ValueError) as e:  # also where another process frees some
             if "memory" not in str(e):
                 raise

@@ -212,6 +212,7 @@ def measure_memory(length, student, teacher, optimizer, ranks):
     number = max(2, math.ceil(2 * MICRO / (length + 128)))
     ids = lambda n: torch.randint(4, vocabulary, (n,)).tolist()
     rows = [distill.Row(ids(128), ids(length + 138), ids(length), [-12.0] * length, True, 1.0) for _ in range(number)]
+    rows.append(distill.DUMMY)
     args = argparse.Namespace(micro_tokens=MICRO, kl="reverse", topk=0)
     head = teacher.get_output_embeddings().weight.full_tensor()
     others = torch.empty((BATCH - number) * length, width, dtype=head.dtype, device=ranks.device)

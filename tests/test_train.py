@@ -99,7 +99,7 @@ def test_teacher_scores_after_x_y_phrase(family_model, ranks, problems_file):
     tokenizer = verify.load_tokenizer(folder)
     rows = sampled_rows(tokenizer, family, problems_file)[:5]
     teacher = training.load_model(folder, ranks, training.make_mesh(ranks), torch.float32, trainable=False)
-    states = distill.teacher_states(teacher, rows, 200, ranks.device)
+    states = distill.teacher_states(teacher, [*rows, distill.DUMMY], 200, ranks.device)
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     head = plain.get_output_embeddings().weight
     for row, state in zip(rows, states):
@@ -147,10 +147,11 @@ def step_of(ranks, folder, rows, mine, budget, kind="reverse", **how):
     student = training.load_model(folder, ranks, mesh, torch.float32, **how)
     teacher = training.load_model(folder, ranks, mesh, torch.float32, trainable=False)
     args = type("Args", (), {"micro_tokens": budget, "kl": kind, "topk": 0})
-    states = distill.teacher_states(teacher, [rows[i] for i in mine], budget, ranks.device)
+    mine = [*(rows[i] for i in mine), distill.DUMMY]
+    states = distill.teacher_states(teacher, mine, budget, ranks.device)
     tokens = sum(len(row.y) for row in rows)
     head = teacher.get_output_embeddings().weight.full_tensor()
-    sums = distill.student_pass(student, [rows[i] for i in mine], states, head, tokens, args, ranks)
+    sums = distill.student_pass(student, mine, states, head, tokens, args, ranks)
     sums = torch.tensor(list(sum_over_ranks(ranks, **sums).values()))
     return sums, {name: p.grad.full_tensor() for name, p in student.named_parameters()}
 
@@ -216,7 +217,7 @@ def test_micro_batches_are_whole(ranks, qwen, problems_file):
     """Every row is in one of them, no slot is padding, and what is selected predicts y."""
     rows = sampled_rows(verify.load_tokenizer(qwen), "qwen", problems_file)[:8]
     for side in ("x", "seen"):
-        packed = distill.micro_batches(rows, side, 300, ranks.device)
+        packed = distill.micro_batches([*rows, distill.DUMMY], side, 300, ranks.device)
         assert sorted(i for members, _, _ in packed for i in members) == list(range(8))
         for members, batch, select in packed:
             assert batch.ids.tolist() == [t for i in members for t in getattr(rows[i], side) + rows[i].y]
