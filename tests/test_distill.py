@@ -167,6 +167,7 @@ def test_a_step_without_rows_makes_no_update(qwen, tmp_path):
     rows = read(tmp_path / "out/metrics.jsonl")
     assert [row["updated"] for row in rows] == [False, False] and "no update" in said
     assert [row["tokens"] for row in rows] == [0, 0] and rows[0]["kl_right"] is None and rows[0]["kl_wrong"] is None
+    assert [row["cut"] for row in rows] == [1, 1] and "cut 100.0%" in said
     a, b = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (qwen, tmp_path / "out/final"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -178,6 +179,13 @@ def test_the_toy_reads_all_but_the_instruction(qwen, mode):
     read = lambda text: tokenizer.decode(verify.chat_ids(tokenizer, verify.Problem("p", text, "3", mode)))
     assert read("1+2=?") == "<|im_start|>user\n1+2=?<|im_end|>\n<|im_start|>assistant\n"
     assert read("1+2=?\n\n3") == "<|im_start|>user\n1+2=?\n\n3<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_rows_of_val_need_val(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", "distill.py --model m --data d --out o --val_range 0:2".split())
+    with pytest.raises(SystemExit):
+        distill.parse_args()
+    assert "--val_range is for the problems of --val; give that too" in capsys.readouterr().err
 
 
 def test_a_moving_teacher_is_held_in_fp32(qwen, ranks):

@@ -495,6 +495,7 @@ distill.py  --batch 25                              lower it
 distill.py  --batch 0                               not at least 1
 distill.py  --topk 8 --kl jsd                       --topk
 distill.py  --topk -1                               not at least 0
+distill.py  --topk 1000000                          tokens of the vocabulary
 distill.py  --kl cosine                             invalid choice
 distill.py  --max_tokens 2000                       takes 1024 tokens
 distill.py  --temperature 0                         above 0
