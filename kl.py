@@ -237,10 +237,22 @@ def read_responses(path, most, vocabulary):
     return rows or fail(f"--responses {path} holds no responses; srt.py writes such a file")
 
 
+def load(model, device):
+    """A model whole on one device, to read with: bf16 on a GPU, fp32 on a CPU."""
+    from transformers import AutoModelForCausalLM
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+
+
+def read(model, before, y):
+    """The hidden states [T, H] that predict the ids y [T] after `before`, and the head [V, H]."""
+    hidden = model.get_decoder()(torch.tensor([before + y], device=model.device)).last_hidden_state
+    return hidden[0, len(before) - 1:-1], model.get_output_embeddings().weight
+
+
 @torch.no_grad()
 def main():
     from tqdm import tqdm
-    from transformers import AutoModelForCausalLM
 
     import verify
     from common import run
@@ -261,13 +273,7 @@ def main():
     verify.same_vocabulary(args.student, verify.load_tokenizer(args.student), args.teacher, tokenizer)
     phrases = verify.phrases_of(args.teacher, args.phrases)
     rows = read_responses(args.responses, args.max_responses, len(tokenizer))
-    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    load = lambda model: AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(ranks.device).eval()
-    student, teacher = load(args.student), load(args.teacher)
-
-    def read(model, before, y):  # the hidden states [T, H] that predict y, and the head [V, H]
-        hidden = model.get_decoder()(torch.tensor([before + y], device=ranks.device)).last_hidden_state
-        return hidden[0, len(before) - 1:-1], model.get_output_embeddings().weight
+    student, teacher = (load(model, ranks.device) for model in (args.student, args.teacher))
 
     def likely(hidden, head):  # at each row of hidden the five likeliest tokens: [[(id, probability)]]
         top = [matmul_fp32(rows, head.T).softmax(-1).topk(5) for rows in hidden.split(256)]
