@@ -36,7 +36,7 @@ from common import run
 from common.run import fail, natural, share, within
 from common.sampler import Request, check_lengths, close, engine_name, make_sampler, request_seed, serve
 
-# flags that a run that goes on may change: they decide neither what is asked nor how it is sampled
+# a run that goes on may change these: what is asked stays, but ids may differ by rounding and engine
 FREE = "target engine dtype vllm_memory judge_seconds unsafe_no_sandbox"
 
 # ---------------------------------------------------------------------------------------------------- rows
@@ -44,6 +44,11 @@ FREE = "target engine dtype vllm_memory judge_seconds unsafe_no_sandbox"
 # "init" or "revision". d_revision.jsonl: a row for each tuple kept, with the fields of both.
 
 TRUNCATED = {"y_init": "truncated", "y_revised": "revised_truncated"}  # the field that says so of each
+FIELDS = {  # that each kind must have
+    "init": {"problem": str, "y_init": str, "y_init_correct": bool, "y_init_verdict": str,
+             "y_init_tokens": list, "truncated": bool, "no_room": bool},
+    "revision": {"revision": int, "y_revised": str, "y_revised_correct": bool, "y_revised_verdict": str,
+                 "y_revised_tokens": list, "revised_truncated": bool}}
 
 
 def row_key(row):
@@ -60,6 +65,8 @@ def read_rows(out):
             if "kind" not in row:
                 fail(f"{path}:{line}: written by an earlier version; give another --out, or --fresh")
             run.need(row, path, line, kind=str, id=str, sample=int)
+            fields = FIELDS.get(row["kind"]) or fail(f"{path}:{line}: kind {row['kind']!r}; remove this line")
+            run.need(row, path, line, **fields)
             rows[row_key(row)] = row
     return rows
 
@@ -119,7 +126,7 @@ def measures(name, rows):
 
 
 def summarise(rows, kept, num_responses, phrases):
-    """The counts of the official code, the measures of the paper; kept: the tuples kept, None with --eval."""
+    """The counts of the official code, the measures of the paper; kept: the tuples, None where none are."""
     inits, revised = [row for row in rows if row["kind"] == "init"], tuples(rows)
     by_problem = {}
     for row in inits:
@@ -233,7 +240,7 @@ def parse_args():
         args.num_revisions = 0 if args.eval else 3
     if (args.revisions_of_right or 0) > args.num_revisions:
         parser.error("--revisions_of_right is more than --num_revisions; lower it")
-    if args.eval:
+    if args.eval or not args.num_revisions:
         args.target = 0
     return args
 
@@ -252,7 +259,8 @@ def main():
         judge.close()
         return dist.destroy_process_group()
     dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
-    max_len = longest + (2 if args.num_revisions else 1) * args.max_tokens + 64
+    p_r = max(len(verify.control_ids(tokenizer, correct, phrases)) for correct in (False, True))
+    max_len = longest + args.max_tokens + (p_r + args.max_tokens if args.num_revisions else 0)
     sampler = make_sampler(args.engine, args.model, tokenizer, max_len, ranks.device, dtype, args.vllm_memory)
     run.say(f"{len(problems)} problems ({sum(dropped.values())} dropped), {ranks.world} rank(s) on "
             f"{ranks.device.type}, {type(sampler).__name__} {dtype}, P_r {'|'.join(phrases)}")
@@ -262,7 +270,8 @@ def main():
     dist.barrier()
     done = read_rows(args.out)  # what an earlier run of the same command has finished
     file = open(os.path.join(args.out, f"responses.rank{ranks.rank}.jsonl"), "a")
-    progress = Progress(ranks, len(problems), None if args.eval else args.target)
+    keeps = args.num_revisions and not args.eval
+    progress = Progress(ranks, len(problems), args.target if keeps else None)
     waiting, judging = deque(), set()  # for serve: requests, whose keys get the Samples; verdicts to come
     stopped = lambda: ranks.store.add("stop", len(caught)) > 0  # as soon as any rank has had a signal
 
@@ -337,7 +346,7 @@ def main():
         run.say(f"stopped by a signal: what is judged is in {args.out}; the same command goes on there")
     elif ranks.rank == 0:
         rows, kept = merge(args.out, problems), None
-        if not args.eval:
+        if keeps:
             kept = [row for row in tuples(rows) if row["y_revised_correct"]][: args.target or None]
             write_rows(os.path.join(args.out, "d_revision.jsonl"), kept)
         found = {**summarise(rows, kept, args.num_responses, phrases), "seconds": round(seconds, 1),
@@ -345,8 +354,9 @@ def main():
         run.finish(args, ranks, {"engine": type(sampler).__name__, "phrases": phrases,
                                  "problems_dropped": dict(dropped), **found})
         for name, value in found.items():
-            print(f"{name:28s} {round(value, 4) if isinstance(value, float) else value}")
-        if not args.eval and args.num_revisions:
+            if keeps or name not in ("kept", "dropped"):
+                print(f"{name:28s} {round(value, 4) if isinstance(value, float) else value}")
+        if keeps:
             print(enough(found, args.target))
     close(judge, sampler)
 

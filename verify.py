@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from common.run import fail, need, positive, read_jsonl, say
-from verifiers.pool import Workers, load_verifier, worker
+from verifiers.pool import Workers, load_verifier
 
 # ------------------------------------------------------------------------------------------------ problems
 
@@ -44,23 +44,23 @@ class Problem:
     @staticmethod
     def of_row(row):
         """The problem of a row of responses.jsonl (kind "init") or d_revision.jsonl."""
-        return Problem(str(row["id"]), row["problem"], row.get("answer"), row.get("mode", "math"))
+        return Problem(str(row["id"]), row["problem"], row.get("answer"), str(row.get("mode", "math")))
 
 
-def load_rows(data):
+def load_rows(data, flag="--data"):
     """Yields (where, row) of a .jsonl, .json or .parquet file, or of a hub name `name[:config][@split]`."""
     end = os.path.splitext(data)[1]
     if end == ".jsonl":
         yield from ((f"{data}:{line}", row) for line, row in read_jsonl(data))
         return
-    if os.path.exists(data) and end not in (".json", ".parquet"):
-        fail(f"--data {data} is not a .jsonl, .json or .parquet file")
+    if not data or (os.path.exists(data) and end not in (".json", ".parquet")):
+        fail(f"{flag} {data} is not a .jsonl, .json or .parquet file")
     try:
         if end == ".json":
             with open(data, encoding="utf-8") as f:
                 rows = json.load(f)
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                fail(f"--data {data}: a list of objects is wanted")
+                fail(f"{flag} {data}: a list of objects is wanted")
         elif end == ".parquet":
             import pyarrow.parquet
             parts = pyarrow.parquet.ParquetFile(data).iter_batches(1024)
@@ -70,38 +70,45 @@ def load_rows(data):
             name, _, split = data.partition("@")
             name, _, config = name.partition(":")
             rows = datasets.load_dataset(name, config or None, split=split or "train")  # stays on disk
-    except (OSError, ValueError) as e:
-        fail(f"--data {data} cannot be read: {str(e).splitlines()[0]}")
-    yield from ((f"{data}: row {i}", row) for i, row in enumerate(rows))
+        yield from ((f"{data}: row {i}", row) for i, row in enumerate(rows))
+    except (OSError, ValueError, RecursionError) as e:
+        fail(f"{flag} {data} cannot be read: {str(e).splitlines()[0]}")
 
 
 def make_problem(row, where, name, mode):
     """A row's Problem, still without its answer; name: its id where the row has none."""
-    text = next((row[field] for field in PROBLEM_FIELDS if row.get(field)), None)
-    if not isinstance(text, str) or not text.strip():
+    field = next(filter(row.get, PROBLEM_FIELDS), None)
+    for part in filter(row.get, (field, "starter_code")):
+        if not isinstance(row[part], str):
+            fail(f"{where}: no problem text: field '{part}' is {type(row[part]).__name__}; text is wanted")
+    if not field or not row[field].strip():
         fail(f"{where}: no problem text; one of the fields {', '.join(PROBLEM_FIELDS)} is wanted")
-    text, starter = text.strip(), (row.get("starter_code") or "").strip()
+    text, starter = row[field].strip(), (row.get("starter_code") or "").strip()
     if row.get("entry_point") and starter not in text:
         text += f"\n\n```python\n{starter}\n```"
     ids = [row[field] for field in ("id", "uuid") if row.get(field) is not None]
-    return Problem(str(ids[0] if ids else name), text, None, mode)
+    id_ = str(ids[0] if ids else name)
+    if lone := re.search("[\ud800-\udfff]", id_ + text):
+        fail(f"{where}: {lone[0]!r} in the problem or its id is half a character; mend or remove it")
+    return Problem(id_, text, None, mode)
 
 
-def load_problems(data, judge, range_=None, max_problems=None):
+def load_problems(data, judge, range_=None, max_problems=None, flag="--data"):
     """
     Problems of a file or hub name (load_rows), in order, and a Counter of why others were dropped. range_:
     "A:B", rows as they stand in the file. A row that repeats the text of an earlier one, in the range or
-    before it, is dropped, so that phases given disjoint ranges see disjoint questions.
+    before it, is dropped, so that phases given disjoint ranges see disjoint questions. flag: what named them.
     Ends the program if nothing is left, if two problems have one id, and on rows without a problem.
     """
     judge.verifier.check(judge.limits)
     match = re.fullmatch(r"(\d*):(\d*)", range_ or ":")
+    range_flag = "--range" if flag == "--data" else f"{flag}_range"
     if not match:
-        fail(f"--range {range_}: A:B is wanted, two row numbers such as 0:10000")
+        fail(f"{range_flag} {range_}: A:B is wanted, two row numbers such as 0:10000")
     start, stop = int(match[1] or 0), int(match[2] or sys.maxsize)
     stem = os.path.basename(data).split(".")[0]
     asked, dropped, text_of, texts, number = [], Counter(), {}, set(), 0
-    for number, (where, row) in enumerate(itertools.islice(load_rows(data), stop), 1):  # from 1
+    for number, (where, row) in enumerate(itertools.islice(load_rows(data, flag), stop), 1):  # from 1
         problem = make_problem(row, where, f"{stem}-{number - 1}", judge.mode)
         text = problem.problem
         if text_of.setdefault(problem.id, text) != text:
@@ -114,7 +121,7 @@ def load_problems(data, judge, range_=None, max_problems=None):
                 asked[-200][1].result()  # no more rows than these wait in memory
         texts.add(text)
     if range_ and number <= start:
-        fail(f"--range {range_} is empty: none of the {number} rows up to its end is in it")
+        fail(f"{range_flag} {range_} is empty: none of the {number} rows up to its end is in it")
     problems = []
     for problem, gold in asked:
         problem.answer, why = gold.result()
@@ -124,7 +131,7 @@ def load_problems(data, judge, range_=None, max_problems=None):
             problems.append(problem)
     if not problems:
         why = dict(dropped) or "none, it is empty"
-        fail(f"--data {data}: no problem is left of {number - start}; dropped: {why}")
+        fail(f"{flag} {data}: no problem is left of {number - start}; dropped: {why}")
     return problems[:max_problems], dropped
 
 
@@ -157,7 +164,7 @@ def phrases_of(model, override=None):
     phrases = override or getattr(config, "sdzero_phrases", family)
     if isinstance(phrases, str):  # --phrases, or a name that a checkpoint of an earlier version records
         phrases = PHRASES.get(phrases) or phrases.split("|")
-    if len(phrases) != 2:
+    if not isinstance(phrases, (list, tuple)) or list(map(type, phrases)) != [str, str]:
         fail(f"model {model} records phrases that are not in verify.PHRASES; give --phrases 'WRONG|RIGHT'")
     return tuple(phrases)
 
@@ -172,14 +179,15 @@ def load_tokenizer(model):
         AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        turn = tokenizer.apply_chat_template(messages, return_dict=False)
-    except (OSError, ValueError, TypeError, KeyError) as e:  # a file is missing, not JSON, or of another kind
-        text = str(e).strip().partition("\n")[0]
+        turn, eos = tokenizer.apply_chat_template(messages, return_dict=False), None
+        try:
+            eos = GenerationConfig.from_pretrained(model).eos_token_id
+        except OSError as e:
+            if "not a valid JSON" in str(e):  # else the folder has none
+                raise
+    except Exception as e:  # a file is missing, not JSON, or of another kind; a template may raise anything
+        text = f"{type(e).__name__}: {str(e).strip()}".partition("\n")[0]
         fail(f"model {model}: its config, tokenizer or chat template cannot be used: {text}")
-    try:
-        eos = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # the folder has none
-        eos = None
     ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     last = next((i for i in reversed(turn) if i in ends), None)
     if last is None:
@@ -258,7 +266,8 @@ class Judge(contextlib.AbstractContextManager):
     def __init__(self, mode="math", workers=None, limit=5.0, memory=4.0, sandbox=True):
         if not sandbox:
             say(f"--unsafe_no_sandbox: {UNSAFE}")
-        workers = workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        cores = len(os.sched_getaffinity(0))
+        workers = workers or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.mode, self.verifier, self.workers = mode, load_verifier(mode), Workers(mode, memory)
         self.limits = {"seconds": limit, "memory": 1.0, "sandbox": sandbox}
         self.pool = ThreadPoolExecutor(workers)  # each of its threads takes an idle worker, or starts one
@@ -327,7 +336,8 @@ def judge_again(path, by_id, judge):
     asked, others, changed, reasons = [], 0, 0, Counter()
     for line, row in read_jsonl(path):
         need(row, path, line, id=str, kind=str)
-        y = "y_init" if row["kind"] == "init" else "y_revised"
+        y = {"init": "y_init", "revision": "y_revised"}.get(row["kind"]) or fail(
+            f"{path}:{line}: kind {row['kind']!r}, not init or revision; remove this line")
         need(row, path, line, **{y: str, f"{y}_correct": bool})
         if row["id"] in by_id:
             asked.append((line, y, row, judge.submit(by_id[row["id"]], row[y])))
@@ -346,4 +356,4 @@ def judge_again(path, by_id, judge):
 
 
 if __name__ == "__main__":
-    worker(sys.argv[2], float(sys.argv[3])) if sys.argv[1:2] == ["--worker"] else main()
+    main()

@@ -3,10 +3,11 @@ A run's processes and folder: what every script does before and after its own wo
 
   processes   launch() -> Ranks; catch_signals(); say(), fail(): what a user reads, one rank's word
   folder      open_out() makes --out, keeps other runs out of it and other flags; finish(), finished()
-  files       write_atomically(); read_jsonl(), need(): rows, and an error that names file, line and field
+  files       write_atomically(); read_object(); read_jsonl(), need(): rows, and an error that names file,
+              line and field
   flags       parse(), and types for argparse: within(), natural, positive, share
 
-Nothing here imports torch before launch(): the workers that give verdicts start with verify.py.
+Nothing here imports torch before launch(): verify.py does without.
 """
 import argparse
 import fcntl
@@ -61,8 +62,10 @@ def mendable(error):
     text = str(error).partition("\n")[0]
     if isinstance(error, torch.OutOfMemoryError):
         return f"{text}; lower --micro_tokens (training) or --vllm_memory (sampling), and start it again"
-    if isinstance(error, (OSError, SafetensorError)) or "inline_container.cc" in text:  # of torch.save
-        return f"{text}; mend this (is the disk full?): nothing whole is lost, and the same command goes on"
+    saving = "inline_container.cc" in text  # of torch.save, which does not say why
+    if isinstance(error, (OSError, SafetensorError)) or saving:
+        full = " (is the disk full?)" if saving else ""
+        return f"{text}; mend this{full}: nothing whole is lost, and the same command goes on"
 
 
 def catch_signals():
@@ -75,39 +78,48 @@ def catch_signals():
 
 def open_out(args, ranks, free):
     """
-    Makes --out, with the flags of the run and a hash of the verifier's source in its flags.json. Flags that
-    differ from those of a run that is in it are named; the program ends if one is not among `free` (a string
-    of names). One that an older flags.json lacks had its default.
+    Makes --out, with the flags of the run and a hash of the verifier's source, which finished() leaves in its
+    flags.json. Flags that differ from those of a run that is in it are named; the program ends if one is not
+    among `free` (a string of names). One that an older flags.json lacks had its default.
     """
     import torch.distributed as dist
     defaults = vars(args).pop("defaults")
     if ranks.rank == 0:
-        os.makedirs(args.out, exist_ok=True)
-        hold(args.out)
-        if args.fresh and os.listdir(args.out):
-            old = f"{args.out.rstrip('/')}.old-{time.strftime('%Y%m%d-%H%M%S')}"
-            os.rename(args.out, old)
-            print(f"--fresh: {args.out} is now {old}")
-            os.makedirs(args.out)
-            hold(args.out)
-        flags = {name.rstrip("_"): value for name, value in vars(args).items()}
-        del flags["out"], flags["fresh"]
-        if "mode" in flags:
-            with open(load_verifier(args.mode).__file__, "rb") as f:
-                flags["verifier"] = hashlib.sha256(f.read()).hexdigest()[:12]
-        path = os.path.join(args.out, "flags.json")
-        begun = os.path.exists(path) and os.listdir(args.out) != ["flags.json"]
-        before = {**flags, **defaults, **json.load(open(path))} if begun else flags
-        changed = [name for name in flags if before[name] != flags[name]]
-        text = ", ".join(f"--{name} {before[name]} -> {flags[name]}" for name in changed)
-        text = text.replace("--verifier", "the verifier's source (its hash)")
-        if set(changed) - set(free.split()):
-            fail(f"--out {args.out} was made with other flags: {text}; give the old ones, another --out, or "
-                 "--fresh, which renames the old folder and starts over")
-        if changed:
-            print(f"flags changed since this run began: {text}", flush=True)
-        write_atomically(path, json.dumps(flags, indent=1) + "\n")
+        try:
+            compare_flags(args, free, defaults)
+        except OSError as e:
+            fail(f"--out {args.out}: {e.strerror}; give a folder that can be written")
     dist.barrier()
+
+
+def compare_flags(args, free, defaults):
+    """What open_out does, on one rank."""
+    os.makedirs(args.out, exist_ok=True)
+    hold(args.out)
+    if args.fresh and os.listdir(args.out):
+        old = f"{args.out.rstrip('/')}.old-{time.strftime('%Y%m%d-%H%M%S')}"
+        os.rename(args.out, old)
+        print(f"--fresh: {args.out} is now {old}")
+        os.makedirs(args.out)
+        hold(args.out)
+    flags = {name.rstrip("_"): value for name, value in vars(args).items()}
+    del flags["out"], flags["fresh"]
+    if "mode" in flags:
+        with open(load_verifier(args.mode).__file__, "rb") as f:
+            flags["verifier"] = hashlib.sha256(f.read()).hexdigest()[:12]
+    path = os.path.join(args.out, "flags.json")
+    begun = os.path.exists(path) and os.listdir(args.out) != ["flags.json"]
+    before = {**flags, **defaults, **read_object(path)} if begun else flags
+    changed = [name for name in flags if before[name] != flags[name]]
+    text = ", ".join(f"--{name} {before[name]} -> {flags[name]}" for name in changed)
+    text = text.replace("--verifier", "the verifier's source (its hash)")
+    if set(changed) - set(free.split()):
+        fail(f"--out {args.out} was made with other flags: {text}; give the old ones, another --out, or "
+             "--fresh, which renames the old folder and starts over")
+    if changed:
+        print(f"flags changed since this run began: {text}", flush=True)
+    with open(path + ".tmp", "w") as f:
+        f.write(json.dumps(flags, indent=1) + "\n")
 
 
 def hold(folder):
@@ -124,12 +136,17 @@ def hold(folder):
 
 
 def finished(out, product, **wanted):
-    """True, and says so, if a run has ended here: summary.json, which it writes last, has these values."""
-    summary, product = (os.path.join(out, name) for name in ("summary.json", product))
+    """
+    True, and says so, if a run has ended here: summary.json, which it writes last, has these values. Else the
+    flags that open_out has read hold from here on.
+    """
+    summary, product, flags = (os.path.join(out, name) for name in ("summary.json", product, "flags.json"))
     there = os.path.exists(summary) and os.path.exists(product)
-    ended = there and wanted.items() <= json.load(open(summary)).items()
+    ended = there and wanted.items() <= read_object(summary).items()
     if ended:
         say(f"{product} is there already: nothing to do (--fresh starts over)")
+    if os.environ.get("RANK", "0") == "0":
+        os.remove(flags + ".tmp") if ended else os.replace(flags + ".tmp", flags)
     return ended
 
 
@@ -156,6 +173,18 @@ def write_atomically(path, content):
     with open(path + ".tmp", "wb" if isinstance(content, bytes) else "w") as f:
         f.write(content)
     os.replace(path + ".tmp", path)
+
+
+def read_object(path):
+    """The JSON object that a file in --out holds; ends the program where it holds none."""
+    try:
+        with open(path, "rb") as f:
+            found = json.load(f)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        fail(f"{path} holds no JSON object; give another --out, or --fresh, which renames the old folder")
+    return found
 
 
 def read_jsonl(path, torn_ok=False):
@@ -195,7 +224,7 @@ def within(kind, low, high=sys.maxsize, above=False):
     def number(text):
         value = kind(text)
         if not low <= value <= high or (above and value == low):  # nan neither
-            most = f" and at most {high}" if high < sys.maxsize else ""
+            most = f" and at most {high}" if high < sys.maxsize or value > high else ""
             raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}{most}")
         return value
     number.__name__ = kind.__name__  # argparse says "invalid int value" where it is none

@@ -221,13 +221,17 @@ def engine_name(text):
     return text
 
 
-def check_lengths(model, prompts, max_tokens):
-    """The longest prompt's length; ends the program where the model cannot take it, or never --max_tokens."""
+def check_lengths(model, prompts, max_tokens, flag="--data"):
+    """
+    The longest prompt's length; ends the program where the model cannot take it, or never --max_tokens. flag:
+    what named the problems.
+    """
     limit, longest = verify.context_length(model), max(map(len, prompts))
     if max_tokens > limit:
         fail(f"--max_tokens {max_tokens}: --model {model} takes {limit} tokens with the prompt; lower it")
     if longest >= limit:
-        fail(f"--data: a prompt has {longest} tokens but --model {model} takes {limit}; drop it with --range")
+        mend = "--range" if flag == "--data" else f"{flag}_range"
+        fail(f"{flag}: a prompt has {longest} tokens but --model {model} takes {limit}; drop it with {mend}")
     return longest
 
 

@@ -7,6 +7,7 @@ from collections import deque
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 from conftest import SHARED, have_vllm, make_rows, read, run
 from safetensors.torch import load_file
 
@@ -100,6 +101,41 @@ def test_collection_goes_on(collected, qwen, problems_file, tmp_path):
     collect(out, qwen, problems_file, "--fresh", "--max_problems", 3)
     assert len(read(out / "responses.jsonl")) == 9
     assert [name for name in os.listdir(tmp_path) if name.startswith("out[1].old-")]
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"y_init_correct": None}, "field 'y_init_correct' should be bool"), ({"kind": "third"}, "kind 'third'"),
+    ({"kind": "revision"}, "field 'revision' should be int, it is missing"), ({"y_init_tokens": "1"}, "field 'y_init_tokens' should be list")])
+def test_rows_that_are_not_whole(change, says, collected, tmp_path):
+    """What a run that goes on finds in its folder: each row has what its kind needs."""
+    first = read(f"{collected}/responses.jsonl")[0]
+    (tmp_path / "responses.rank0.jsonl").write_text(json.dumps({**first, **change}) + "\n")
+    with pytest.raises(SystemExit, match=f"responses.rank0.jsonl:1: {says}"):
+        srt.read_rows(str(tmp_path))
+
+
+def test_rft_keeps_nothing(qwen, problems_file, tmp_path):
+    """--num_revisions 0: no D_revision, and no word of one."""
+    done = collect(tmp_path, qwen, problems_file, "--num_revisions", 0, "--max_problems", 4)
+    assert not (tmp_path / "d_revision.jsonl").exists() and "kept" not in done.stdout + done.stderr
+    assert json.load(open(tmp_path / "summary.json"))["target"] == 0 and len(read(tmp_path / "responses.jsonl")) == 4
+
+
+def test_the_length_that_a_revision_may_have(qwen, problems_file, tmp_path, monkeypatch):
+    """A prompt, two responses, and P_r however long it is."""
+    def stop(engine, model, tokenizer, max_len, *how):
+        prompts = [verify.chat_ids(tokenizer, verify.Problem.of_row(row)) for row in read(problems_file)]
+        p_r = verify.control_ids(tokenizer, False, phrases)
+        assert len(p_r) > 64 and max_len == max(map(len, prompts)) + 40 + len(p_r) + 40
+        raise SystemExit("as wanted")
+
+    phrases = ("Wait, this response is wrong. " * 20, "Fine.")
+    monkeypatch.setattr(srt, "make_sampler", stop)
+    monkeypatch.setattr("sys.argv", ["srt.py", "--model", qwen, "--data", str(problems_file), "--out", str(tmp_path), "--phrases",
+                                     "|".join(phrases), *map(str, SRT)])
+    with pytest.raises(SystemExit, match="as wanted"):
+        srt.main()
+    dist.destroy_process_group()
 
 
 def test_eval(qwen, problems_file, tmp_path):
@@ -221,7 +257,7 @@ def test_the_summary_says_whether_d_revision_is_enough(qwen, problems_file, tmp_
     s = json.load(open(tmp_path / "out/summary.json"))
     assert s["wrong_to_right"] == 0 and 0 <= s["no_answer_revised"] <= 1
     said = collect(tmp_path / "eval", qwen, problems_file, "--max_problems", 3, "--eval").stdout
-    assert "revised_accuracy" in said and "D_revision" not in said
+    assert "revised_accuracy" in said and not {"D_revision:", "kept", "dropped"} & {*said.split()}
     assert not {"wrong_to_right", "no_answer_revised"} & json.load(open(tmp_path / "eval/summary.json")).keys()
 
 

@@ -182,6 +182,7 @@ def test_changed_flags(inputs, whole, tmp_path):
     assert "--steps 2 -> 3" in said and "--save_every 1 -> 7" in said and "--lr 0.001 -> 0.002" in said
     assert [row["lr"] for row in read(out / "metrics.jsonl")] == [1e-3, 1e-3, 2e-3]
     assert "nothing to do" in start("--steps", 3, "--save_every", 7)[0]
+    assert json.load(open(out / "flags.json"))["lr"] == 2e-3 and not (out / "flags.json.tmp").exists()
     assert "--steps 1" in one_error(start("--steps", 1, ok=False)[1])
     start("--steps", 1, "--seed", 1, "--fresh")
     old, = tmp_path.glob("out.old-*")
@@ -241,7 +242,8 @@ def test_a_read_only_disk(inputs, tmp_path):
     try:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         for script, args in inputs.items():
-            assert "Read-only file system" in one_error(go(script, [*args, "--out", disk / "out"], tmp_path, ok=False)[1])
+            line = one_error(go(script, [*args, "--out", disk / "out"], tmp_path, ok=False)[1])
+            assert f"--out {disk}/out: Read-only file system; give a folder that can be written" in line
     finally:
         subprocess.run(["umount", "-l", disk])
 
@@ -385,6 +387,13 @@ def bad(inputs, tmp_path_factory):
     copy("broken_tokenizer", tokenizer="{")
     copy("no_template", chat_template=None)
     copy("no_weights", model=None)
+    copy("broken_generation", generation_config="{")
+    copy("syntax", chat_template="{% if %}")
+    copy("raises", chat_template="{{ raise_exception('no') }}")
+    copy("divides", chat_template="{{ 1 / 0 }}")
+    config = json.loads((model / "config.json").read_text())
+    copy("no_length", config=json.dumps({**config, "max_position_embeddings": None}))
+    copy("five_phrases", config=json.dumps({**config, "sdzero_phrases": 5}))
     copy("broken_weights", model="not weights")
     toy.tiny_olmo3(str(folder / "olmo"))
     shutil.copytree(model, folder / "other_words")
@@ -402,6 +411,9 @@ def bad(inputs, tmp_path_factory):
     write("twice.jsonl", *good, good[0].replace("+1", "+2"))
     write("long.jsonl", *good, json.dumps({"problem": "1+" * 800 + "1=?", "answer": "2"}))
     write("text.txt", "1+1=?")
+    (folder / "broken_flags").mkdir()
+    for name in ("flags.json", "responses.jsonl"):
+        write(f"broken_flags/{name}", "[1]")
     write("broken.json", "{")
     write("object.json", "{}")
     (folder / "latin1.jsonl").write_bytes(good[0].encode() + b"\n" + '{"problem": "\xe9"}'.encode("latin1") + b"\n")
@@ -424,9 +436,16 @@ srt.py      --model {no_tokenizer}                  no_tokenizer
 srt.py      --model {broken_tokenizer}              broken_tokenizer
 srt.py      --model {no_template}                   Cannot use chat template
 srt.py      --model {no_weights}                    no_weights
+srt.py      --model {broken_generation}             not a valid JSON
+srt.py      --model {syntax}                        TemplateSyntaxError
+srt.py      --model {raises}                        cannot be used: TemplateError: no
+srt.py      --model {divides}                       cannot be used: ZeroDivisionError
+srt.py      --model {no_length}                     max_position_embeddings
+srt.py      --model {five_phrases}                  give --phrases
 srt.py      --model {broken_weights}                header
 srt.py      --data {missing.jsonl}                  missing.jsonl is not there
 srt.py      --data {empty}                          not a .jsonl, .json or .parquet
+srt.py      --data=                                 not a .jsonl, .json or .parquet
 srt.py      --data {text.txt}                       not a .jsonl, .json or .parquet
 srt.py      --data {nothing.jsonl}                  empty
 srt.py      --data {not_json.jsonl}                 not_json.jsonl:7: not JSON
@@ -458,8 +477,10 @@ srt.py      --vllm_memory 85                        at most 1
 srt.py      --revisions_of_right 99                 lower it
 srt.py      --judge_seconds 0                       above 0
 srt.py      --batch_size 3                          unrecognized arguments
-srt.py      --out {good.jsonl}                      good.jsonl
-srt.py      --out {good.jsonl}/deeper               good.jsonl
+srt.py      --out {good.jsonl}                      good.jsonl: File exists; give a folder
+srt.py      --out {good.jsonl}/deeper               deeper: Not a directory; give a folder
+srt.py      --out=                                  --out : No such file or directory; give a folder
+srt.py      --out {broken_flags}                    flags.json holds no JSON object; give another --out
 sft.py      --model {missing}                       cannot be used
 sft.py      --model {broken_weights}                header
 sft.py      --flash 4                               --flash 4 needs a GPU of compute capability
@@ -479,7 +500,8 @@ sft.py      --objective sum                         for --objective two-stage
 sft.py      --epochs 0                              not at least 1
 sft.py      --batch -4                              not at least 1
 sft.py      --lr 0                                  above 0
-sft.py      --lr inf                                above 0
+sft.py      --lr inf                                above 0 and at most
+sft.py      --epochs 99999999999999999999           at least 1 and at most
 sft.py      --weight_decay -0.1                     not at least 0
 sft.py      --save_every 0                          not at least 1
 sft.py      --micro_tokens 0                        not at least 1

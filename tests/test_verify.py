@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import verify  # noqa: E402
 from common import run  # noqa: E402
+from common.sampler import check_lengths  # noqa: E402
 from conftest import seconds_of_children  # noqa: E402
 
 
@@ -200,7 +201,8 @@ def test_what_a_verifier_raises_is_shown(tmp_path, capfd):
 @pytest.mark.parametrize("source, says", [
     (None, "No such file"), ("INSTRUCTION = 'x'\ndef gold(row): pass\n", "no attribute 'judge'"), ("x = 1\n", "no attribute 'INSTRUCTION'"),
     ("import nothing_of_that_name\n", "cannot be used: ModuleNotFoundError: No module named 'nothing_of_that_name'"),
-    ("def gold(row:\n", "cannot be used: SyntaxError")])
+    ("def gold(row:\n", "cannot be used: SyntaxError"), ("INSTRUCTION = 5\n", "INSTRUCTION is no text"),
+    ("INSTRUCTION = ''\njudge = print\ngold = 5\n", "gold is no function"), ("INSTRUCTION = ''\ngold = judge = print\ncheck = 5\n", "check is no function")])
 def test_a_verifier_that_cannot_be_used_gives_one_clear_line(tmp_path, source, says):
     if source is not None:
         (tmp_path / "mine.py").write_text(source)
@@ -208,6 +210,18 @@ def test_a_verifier_that_cannot_be_used_gives_one_clear_line(tmp_path, source, s
         verify.load_verifier(str(tmp_path / "mine.py"))
     assert says in str(e.value) and "mine.py" in str(e.value) and str(e.value).startswith("error: --mode ")
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("mode", [5, "poem", ["math"]])
+def test_the_mode_of_a_row_that_cannot_be_used(mode):
+    with pytest.raises(SystemExit, match=r"\(or the mode of a row\): .* cannot be used"):
+        verify.chat_ids(None, verify.Problem.of_row({"id": "a", "problem": "?", "mode": mode}))
+
+
+def test_as_many_workers_as_cores_that_it_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5})
+    with verify.Judge() as judge:
+        assert judge.pool._max_workers == 3
 
 
 def test_a_changed_verifier_is_not_its_old_self(tmp_path):
@@ -242,9 +256,10 @@ def test_phrases(qwen, olmo, tmp_path):
     for recorded, want in ((["Not so.", "Just so."], ("Not so.", "Just so.")), ("paper", verify.PHRASES["paper"])):
         (tmp_path / "config.json").write_text(json.dumps({**config, "sdzero_phrases": recorded}))
         assert verify.phrases_of(str(tmp_path)) == want and verify.phrases_of(str(tmp_path), "olmo") == verify.PHRASES["olmo"]
-    (tmp_path / "config.json").write_text(json.dumps({**config, "sdzero_phrases": "gone"}))
-    with pytest.raises(SystemExit, match="records phrases that are not in verify.PHRASES"):
-        verify.phrases_of(str(tmp_path))
+    for recorded in ("gone", 5, [5, 6], ["a", "b", "c"], None):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "sdzero_phrases": recorded}))
+        with pytest.raises(SystemExit, match="records phrases that are not in verify.PHRASES"):
+            verify.phrases_of(str(tmp_path))
 
 
 def test_the_flag_of_phrases():
@@ -276,6 +291,7 @@ def open_out(out, ranks, monkeypatch, *given, flags={"--lr": 0.5, "--kl": "rever
     monkeypatch.setattr(run, "hold", lambda folder: None)
     args = run.parse(parser)
     run.open_out(args, ranks, "lr")
+    run.finished(args.out, "final")
     (out / "rows").touch()
     assert "defaults" not in vars(args)
     return json.loads((out / "flags.json").read_text())
@@ -293,6 +309,14 @@ def test_a_flag_that_an_older_run_did_not_know_had_its_default(ranks, tmp_path, 
     (out / "flags.json").write_text('{"kl": "reverse"}')
     assert open_out(out, ranks, monkeypatch, "--lr", "0.25") == {"lr": 0.25, "kl": "reverse"}
     assert "--lr 0.5 -> 0.25" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000])
+def test_a_damaged_summary_is_named(text, tmp_path):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(SystemExit, match="summary.json holds no JSON object; give another --out"):
+        run.finished(str(tmp_path), "final")
 
 
 def test_a_changed_verifier_is_another_run(ranks, tmp_path, monkeypatch):
@@ -333,7 +357,11 @@ GOOD = '{"id": "a", "problem": "1+1?", "answer": "2"}\n'
     ("d.jsonl", "[1]\n", "d.jsonl:1: a JSON object is wanted, found list"), ("d.jsonl", "[" * 100_000, "d.jsonl:1: not JSON in UTF-8 (maximum recursion depth"),
     ("d.jsonl", GOOD + GOOD.replace("+1", "+2"), "d.jsonl:2: an earlier row with other text has the id 'a'"), ("d.json", "{}", "a list of objects is wanted"),
     ("d.json", "[1]", "a list of objects is wanted"), ("d.json", "[", "d.json cannot be read: Expecting value"), ("d.txt", "x", "is not a .jsonl"),
-    ("d.parquet", "PAR?", "d.parquet cannot be read: Parquet"),
+    ("d.parquet", "PAR?", "d.parquet cannot be read: Parquet"), ("d.json", "[" * 100_000, "d.json cannot be read: maximum recursion"),
+    ("d.jsonl", '{"prompt": [{"role": "user", "content": "1+1?"}]}', "d.jsonl:1: no problem text: field 'prompt' is list; text is wanted"),
+    ("d.jsonl", '{"problem": "?", "starter_code": ["def f"]}', "d.jsonl:1: no problem text: field 'starter_code' is list"),
+    ("d.jsonl", '{"problem": "1 \\ud800 2"}', r"d.jsonl:1: '\ud800' in the problem or its id"),
+    ("d.jsonl", GOOD.replace('"a"', r'"\udfff"'), r"d.jsonl:1: '\udfff' in the problem or its id"),
     ("d.jsonl", '{"problem": "?"}\n', "dropped: {'no answer': 1}"),
     ("d.jsonl", '{"problem": "?", "answer": {"x": 1}}\n', "field 'answer' is dict"),
     ("d.jsonl", '{"problem": "?", "answer": "((("}\n', "gold cannot be parsed"),
@@ -342,6 +370,28 @@ def test_a_bad_file_gives_one_clear_line(judge, tmp_path, name, content, says):
     with pytest.raises(SystemExit) as e:
         verify.load_problems(write(tmp_path / name, content), judge)
     assert says in str(e.value) and name in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_damaged_page_of_parquet_gives_one_clear_line(judge, tmp_path):
+    """What is read only as the rows are."""
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"problem": f"{i} {i * i}"} for i in range(5000)]), tmp_path / "d.parquet")
+    whole = (tmp_path / "d.parquet").read_bytes()
+    path = write(tmp_path / "d.parquet", whole[:500] + bytes(40) + whole[540:])
+    with pytest.raises(SystemExit, match="--data .*d.parquet cannot be read: Corrupt"):
+        verify.load_problems(path, judge)
+
+
+def test_the_flag_that_named_the_problems(judge, tmp_path, qwen):
+    """The errors about --val speak of it and of --val_range."""
+    write(tmp_path / "d.json", "{}")
+    path = write(tmp_path / "d.jsonl", '{"problem": "?"}\n')
+    for data, range_, says in (("", None, "--val  is not"), (tmp_path / "d.json", None, "--val .*a list"), (path, None, "--val .*no problem is left"),
+                               (path, "5", "--val_range 5: A:B"), (path, "5:", "--val_range 5: is empty")):
+        with pytest.raises(SystemExit, match=says):
+            verify.load_problems(str(data), judge, range_, flag="--val")
+    with pytest.raises(SystemExit, match="--val: a prompt has 1024 tokens .* drop it with --val_range"):
+        check_lengths(qwen, [[1] * 1024], 5, "--val")
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.parquet"])
@@ -383,7 +433,7 @@ def row(**fields):
     (row(y_init_correct="yes"), "r.jsonl:1: field 'y_init_correct' should be bool, found str"),
     (row(kind="revision"), "r.jsonl:1: field 'y_revised' should be str, it is missing"),
     ('{"kind": "init", "y_init": "", "y_init_correct": true}\n', "r.jsonl:1: field 'id' should be str, it is missing"),
-    ('"x"\n', "r.jsonl:1: a JSON object is wanted"), ("é".encode("latin-1"), "r.jsonl:1: not JSON in UTF-8"),
+    (row(kind="first"), "r.jsonl:1: kind 'first', not init or revision"), ('"x"\n', "r.jsonl:1: a JSON object is wanted"), ("é".encode("latin-1"), "r.jsonl:1: not JSON in UTF-8"),
 ])
 def test_bad_responses_give_one_clear_line(judge, tmp_path, content, says):
     with pytest.raises(SystemExit) as e:

@@ -38,10 +38,15 @@ def load_verifier(mode):
     try:
         with open(path, encoding="utf-8") as f:  # its source: what Python has cached of it may be older
             exec(compile(f.read(), path, "exec"), module.__dict__)
-        module.INSTRUCTION, module.gold, module.judge  # AttributeError where one is missing
+        if not isinstance(module.INSTRUCTION, str):
+            raise TypeError("INSTRUCTION is no text")
+        for name in ("gold", "judge", "longest", "check"):
+            if not callable(getattr(module, name)):
+                raise TypeError(f"{name} is no function")
     except Exception as e:  # whatever a user's file may raise
-        raise SystemExit(f"error: --mode {mode}: {path} cannot be used: {type(e).__name__}: {e}; give math, "
-                         "code, or a path of your own: a .py file with INSTRUCTION, gold and judge") from e
+        raise SystemExit(f"error: --mode {mode} (or the mode of a row): {path} cannot be used: "
+                         f"{type(e).__name__}: {e}; give math, code, or a path of your own: a .py file with "
+                         "INSTRUCTION, gold and judge") from e
     return module
 
 
@@ -131,7 +136,8 @@ class Workers:
         """A new worker, its imports made, in a session of its own: Ctrl-C does not reach it."""
         for _ in range(2):  # a signal to all processes of a job may kill one that is not yet deaf to it
             process = subprocess.Popen(
-                [sys.executable, os.path.join(PROJECT, "verify.py"), "--worker", self.mode, str(self.memory)],
+                # -P: math.py and code.py, which lie here, would hide the standard library's
+                [sys.executable, "-P", os.path.abspath(__file__), self.mode, str(self.memory)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             if self.read(process, 300):
@@ -157,3 +163,8 @@ class Workers:
     def close(self):
         for process in self.idle:
             self.stop(process)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, PROJECT)  # as in the scripts
+    worker(sys.argv[1], float(sys.argv[2]))
