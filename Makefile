@@ -59,7 +59,7 @@ demo: setup
 	$(PY) srt.py --model $(TOY)/base --data $(TOY)/train.jsonl --range 0:1024 --num_revisions 1 --target 0 --out $(OUT)/collect $(SAMPLE)
 	$(PY) sft.py --model $(TOY)/base --data $(OUT)/collect/d_revision.jsonl --out $(OUT)/srt --batch 32 --epochs 6 --lr 5e-4 --objective two-stage --stage2_lr 3e-4 --stage2_size 160
 	@echo "== RFT: the baseline, with as many generations"
-	$(PY) srt.py --model $(TOY)/base --data $(TOY)/train.jsonl --range 0:1024 --num_responses 2 --num_revisions 0 --target 0 --out $(OUT)/collect_rft $(SAMPLE)
+	$(PY) srt.py --model $(TOY)/base --data $(TOY)/train.jsonl --range 0:1024 --num_responses 2 --num_revisions 0 --out $(OUT)/collect_rft $(SAMPLE)
 	$(PY) sft.py --model $(TOY)/base --objective rft --data $(OUT)/collect_rft/responses.jsonl --out $(OUT)/rft --batch 32 --epochs 6 --lr 5e-4
 	@echo "== SD-Zero: on-policy self-distillation"
 	$(PY) distill.py --model $(OUT)/srt/final --data $(TOY)/train.jsonl --range 1024:6144 --out $(OUT)/sdzero --steps 40 --batch 128 --lr 1e-3 --warmup 5 --max_tokens 96 --engine hf
@@ -97,7 +97,7 @@ real: setup
 	$(RUN) sft.py --model $(MODEL) --data $(REAL)/collect/d_revision.jsonl --out $(REAL)/srt --batch 16 --epochs 1 --lr 1e-5 --objective $(OBJECTIVE) --save_every 1000 --seed $(SEED)
 	test -e $(REAL)/srt/summary.json && rm -rf $(REAL)/srt/state
 	@echo "== RFT: the baseline, with about as many generations"
-	$(RUN) srt.py --model $(MODEL) --data $(TRAIN) --range $(word 1,$(ROWS)) --num_responses 6 --num_revisions 0 --target 0 --out $(REAL)/collect_rft $(HOW)
+	$(RUN) srt.py --model $(MODEL) --data $(TRAIN) --range $(word 1,$(ROWS)) --num_responses 6 --num_revisions 0 --out $(REAL)/collect_rft $(HOW)
 	$(RUN) sft.py --model $(MODEL) --objective rft --data $(REAL)/collect_rft/responses.jsonl --out $(REAL)/rft --batch 32 --epochs 1 --lr 1e-5 --save_every 1000 --seed $(SEED)
 	test -e $(REAL)/rft/summary.json && rm -rf $(REAL)/rft/state
 	@echo "== does the teacher correct, or copy?"

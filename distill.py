@@ -222,11 +222,12 @@ def main():
     judge = verify.make_judge(args)
     problems, dropped = verify.load_problems(args.data, judge, args.range_)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
-    val_problems = verify.load_problems(args.val, judge, args.val_range)[0] if args.val else []
+    val_problems = verify.load_problems(args.val, judge, args.val_range, flag="--val")[0] if args.val else []
     val_prompts = [verify.chat_ids(tokenizer, problem) for problem in val_problems]
     if args.batch > len(problems):
         fail(f"--batch {args.batch} is more than the {len(problems)} problems of --data; lower it")
-    longest = check_lengths(args.model, prompts + val_prompts, args.max_tokens)
+    longest = max(check_lengths(args.model, each, args.max_tokens, flag)
+                  for each, flag in ((prompts, "--data"), (val_prompts, "--val")) if each)
     if args.topk > len(tokenizer):
         fail(f"--topk {args.topk} is more than the {len(tokenizer)} tokens of the vocabulary; lower it")
     max_teacher_len = min(args.max_teacher_len, verify.context_length(args.teacher))

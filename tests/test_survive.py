@@ -512,7 +512,7 @@ distill.py  --teacher {missing}                     cannot be used
 distill.py  --teacher {other_words}                 one vocabulary
 distill.py  --data {missing.jsonl}                  missing.jsonl is not there
 distill.py  --val {nothing.jsonl}                   nothing.jsonl
-distill.py  --val {long.jsonl}                      a prompt has
+distill.py  --val {long.jsonl}                      error: --val: a prompt has
 distill.py  --batch 25                              lower it
 distill.py  --batch 0                               not at least 1
 distill.py  --topk 8 --kl jsd                       --topk
