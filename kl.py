@@ -27,9 +27,15 @@ import json
 import math
 import os
 import runpy
+import tempfile
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
+
+import verify
+from common.run import fail, launch, natural, need, read_jsonl, write_atomically
+from common.training import check_ids, load_weights
 
 KINDS = ("reverse", "forward", "mixed", "jsd")
 COPIED = math.log(0.99)  # over this the teacher, who has read the token, expects it
@@ -177,7 +183,7 @@ def chunked_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, t
     student_weight, teacher_weight: the heads [V, H], [V, H']. token_weight: fp32 [N]; 0 leaves a row out.
     kind: see `divergence`. topk: 0 is exact; k > 0 renormalises over the teacher's k largest logits.
     targets: the sampled tokens [N]. chunk: rows at a time, 0 = chosen. compile: the elementwise part.
-    Raises ValueError for an unknown kind, a topk that is none or with jsd (whose support is both), unlike V.
+    Raises ValueError for an unknown kind, a topk beyond V or with jsd (whose support is both), unlike V.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
@@ -224,13 +230,11 @@ def buckets(values, n=20):
 
 def read_responses(path, most, vocabulary):
     """The y_init rows of a responses.jsonl, at most `most`, half of them right where there are as many."""
-    from common.run import fail, need, read_jsonl
     kinds = {True: {}, False: {}}
     for line, row in read_jsonl(path):
         if row.get("kind", "init") == "init":
             need(row, path, line, id=str, sample=int, problem=str, y_init_tokens=list, y_init_correct=bool)
-            if max(row["y_init_tokens"], default=0) >= vocabulary:
-                fail(f"{path}:{line}: a token id over the {vocabulary} of --teacher: another model's")
+            check_ids(row["y_init_tokens"], vocabulary, f"{path}:{line}")
             kinds[row["y_init_correct"]].setdefault((row["id"], row["sample"]), row)
     right, wrong = ([row for row in kinds[ok].values() if row["y_init_tokens"]] for ok in (True, False))
     rows = (right[:max(most - len(wrong), most // 2)] + wrong)[:most]
@@ -239,9 +243,8 @@ def read_responses(path, most, vocabulary):
 
 def load(model, device):
     """A model whole on one device, to read with: bf16 on a GPU, fp32 on a CPU."""
-    from transformers import AutoModelForCausalLM
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+    return load_weights(model, dtype=dtype).to(device).eval()
 
 
 def read(model, before, y):
@@ -252,11 +255,6 @@ def read(model, before, y):
 
 @torch.no_grad()
 def main():
-    from tqdm import tqdm
-
-    import verify
-    from common import run
-
     parser = argparse.ArgumentParser(description="Does the teacher correct or copy? Where does it disagree?")
     add = parser.add_argument
     add("--student", required=True, help="folder of the model that generates")
@@ -264,11 +262,16 @@ def main():
     add("--responses", required=True, help="responses.jsonl of srt.py; its y_init are scored")
     add("--out", required=True, help="folder for heatmap.html, buckets.png and summary.json")
     add("--kl", choices=KINDS, default="reverse")
-    add("--max_responses", type=run.natural, default=200, help="half of them right, if there are as many")
+    add("--max_responses", type=natural, default=200, help="half of them right, if there are as many")
     add("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
-    args, ranks = parser.parse_args(), run.launch()
+    args, ranks = parser.parse_args(), launch()
     if ranks.rank:  # one is enough
         return torch.distributed.destroy_process_group()
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()  # not after all is scored
+    except OSError as e:
+        fail(f"--out {args.out!r}: {e.strerror}; give another folder")
     tokenizer = verify.load_tokenizer(args.teacher)
     verify.same_vocabulary(args.student, verify.load_tokenizer(args.student), args.teacher, tokenizer)
     phrases = verify.phrases_of(args.teacher, args.phrases)
@@ -281,18 +284,28 @@ def main():
 
     columns = ("kl", "logp_student", "logp_teacher", "copied", "contrast", "abs_contrast")
     summary, found, shown = {"kl": args.kl, "phrases": phrases}, {True: [], False: []}, []
+    cut, context = 0, min(map(verify.context_length, (args.student, args.teacher)))
     for row in tqdm(rows, desc="score", unit="response"):
-        problem, y, correct = verify.Problem.of_row(row), row["y_init_tokens"], row["y_init_correct"]
-        x, targets = verify.chat_ids(tokenizer, problem), torch.tensor(y, device=ranks.device)
-        seen = [verify.teacher_reads(tokenizer, problem, x, y, told, phrases) for told in (False, True)]
-        p, q = read(student, x, y), [read(teacher, before, y) for before in seen]
+        problem, whole, correct = verify.Problem.of_row(row), row["y_init_tokens"], row["y_init_correct"]
+        x = verify.chat_ids(tokenizer, problem)
+        seen = lambda y: [verify.teacher_reads(tokenizer, problem, x, y, told, phrases) for told in (0, 1)]
+        y = whole[:max(0, (context - max(map(len, seen([])))) // 2)]  # as phase 2 cuts it
+        cut += y != whole
+        if not y:
+            continue
+        row["y_init_tokens"], targets = y, torch.tensor(y, device=ranks.device)
+        p, q = read(student, x, y), [read(teacher, before, y) for before in seen(y)]
         after = [chunked_kl(*p, *side, torch.ones_like(targets), args.kl, targets=targets) for side in q]
         true, contrast = after[correct], after[False].teacher_logp - after[True].teacher_logp
-        values = torch.stack([*true[1:4], (true.teacher_logp > COPIED).float(), contrast, contrast.abs()])
+        values = torch.stack([true.kl, true.logp, true.teacher_logp, (true.teacher_logp > COPIED).float(),
+                              contrast, contrast.abs()])
         found[correct].append([*values.mean(1).tolist(), buckets(true.kl), buckets(contrast.abs())])
         if len(found[correct]) <= 10:
             shown.append((row, *values[:3].tolist(), likely(*p), likely(*q[correct])))
 
+    any(found.values()) or fail(f"--responses {args.responses}: no y has room in {context} tokens")
+    if cut:
+        print(f"{cut} of {len(rows)} y_init were cut: x, y, P_r, y takes at most {context} tokens here")
     print("y_init  " + " ".join(f"{name:>13s}" for name in ("responses", *columns)))
     for name, each in zip(("right", "wrong"), found.values()):  # means over responses of means over tokens
         means = [len(each)] + [torch.tensor(values).mean(0).tolist() for values in zip(*each)]
@@ -301,8 +314,7 @@ def main():
     print("copied: share of tokens to which the teacher, having read y, gives over .99. contrast: log p(y_t)"
           "\ntold wrong minus told right; small beside logp_teacher - logp_student, the teacher only copies.")
 
-    os.makedirs(args.out, exist_ok=True)
-    run.write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1))
+    write_atomically(os.path.join(args.out, "summary.json"), json.dumps(summary, indent=1))
     page = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "page.py")
     if os.path.exists(page):
         print(runpy.run_path(page)["write"](args.out, summary, shown, tokenizer))

@@ -37,7 +37,9 @@ from kl import chunked_ce
 
 # flags that a run that goes on may change: none of them moves a row to another step
 FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype checkpointing compile flash tracker"
-UNSAID = 0.3  # probability of P_r after y_init: .86 where two stages work (the demo), 1e-8 where they do not
+# Probability of P_r's first token, the empty line, after y_init: .8 where two stages work (the demo), 1e-8
+# where not. With its first word .02 in the demo: taught "Wait" in stage 1, it does not say "Let" in stage 2.
+UNSAID = 0.3
 
 # ----------------------------------------------------------------------------------------------------- data
 
@@ -45,9 +47,9 @@ UNSAID = 0.3  # probability of P_r after y_init: .86 where two stages work (the 
 FLATTERY = re.compile(
     r"(?:\s*(?:(?:yes|indeed)[,!.]?\s+)?(?:"
     r"you(?:'re|’re| are) (?:absolutely |completely |quite )?right"
-    r"(?: to\b[^.!?\n]*|[^.!?\n—–,:-]{0,20})[.!?—–,:-]+"  # "You're right to ask." "You are right —"
+    r"(?: to\b[^.!?\n]*|[^.!?\n—–,:-]{0,20})(?:[.!?—–,:]|--+|-(?!\w))+"  # "You're right to ask." "Right —"
     r"|(?:thanks|thank you) for\b[^.!?\n—]*[.!?—]"
-    r"|(?:great|good|nice|excellent) (?:question|catch|point|observation)\b[^.!?\n—]*[.!?—]"
+    r"|(?:great|good|nice|excellent) (?:question|catch|point|observation)\b[^.!?\n—]{0,20}[.!?—]"
     r")\s*)*", re.IGNORECASE)
 
 
@@ -87,7 +89,7 @@ def clean(tokenizer, ids, counts, name):
 class Example(NamedTuple):
     ids: list
     weights: list  # of the loss on each token; 0 for what is only read
-    p_r: int = 0  # where P_r begins
+    p_r: int = 0  # where P_r begins, with an empty line
 
 
 def make_example(tokenizer, phrases, row, objective):
@@ -119,12 +121,14 @@ def read_rows(path, objective, tokenizer, phrases, max_len, no_clean, counts):
         if not row.get(f"{names[-1]}_correct"):
             counts[f"dropped: no right {names[-1]}"] += 1
             continue
-        for name in [] if no_clean else names:
-            row[f"{name}_tokens"] = clean(tokenizer, row[f"{name}_tokens"], counts, name)
+        if not row[f"{names[-1]}_tokens"]:
+            counts[f"dropped: empty {names[-1]}"] += 1
+            continue
+        for name in names:
+            training.check_ids(row[f"{name}_tokens"], len(tokenizer), f"{path}:{line}")
+            if not no_clean:
+                row[f"{name}_tokens"] = clean(tokenizer, row[f"{name}_tokens"], counts, name)
         ids = tuple(make_example(tokenizer, phrases, row, "rft" if objective == "rft" else "revision").ids)
-        if max(ids) >= len(tokenizer):
-            fail(f"{path}:{line}: token id {max(ids)}, but --model has {len(tokenizer)} tokens; "
-                 "collect the data with this model")
         if len(ids) > max_len:
             counts["dropped: longer than --max_len"] += 1
         elif rows.setdefault(ids, row) is not row:
@@ -151,8 +155,8 @@ def read_examples(path, objective, stage2_size, tokenizer, phrases, max_len, see
     for number, (name, kept) in enumerate(stages, 1):
         counts[f"stage {number}: {name}"] = len(kept)
         if not kept:
-            fail(f"--data {path}: no rows for stage {number} ({name}): {dict(+counts)}; get more with "
-                 f"srt.py, or with --objective two-stage lower --stage2_size {stage2_size}")
+            fail(f"--data {path}: no rows for stage {number} ({name}): {dict(+counts)}; get more with srt.py"
+                 + f", or lower --stage2_size {stage2_size}" * (objective == "two-stage"))
     return [(name, [make_example(tokenizer, phrases, row, name) for row in kept])
             for name, kept in stages], +counts  # those above 0
 
@@ -227,15 +231,16 @@ def main():
                                    args.seed, args.no_clean)
     run.say(f"phrases {'|'.join(phrases)}; " + ", ".join(f"{name} {n}" for name, n in counts.items()))
     if args.objective != "rft" and counts["wrong -> right"] < verify.FEW:
-        run.say(f"warning: {counts['wrong -> right']} tuples after a wrong y_init; with 1,548 the teacher of "
-                "phase 2 still copied (docs/real.md): collect more, or from a stronger model")
+        run.say(f"warning: {counts['wrong -> right']} tuples after a wrong y_init are few; 1,548 of a 1.5B "
+                "model did not do either, its teacher copied (docs/real.md): collect more, with a better one")
     run.open_out(args, ranks, FREE)
     if run.finished(args.out, "final"):
         return dist.destroy_process_group()
     training.settle_flags(args, ranks.device)
     model = training.load_model(args.model, ranks, training.make_mesh(ranks), args.dtype,
                                 checkpointing=args.checkpointing, compile=args.compile)
-    optimizer = training.make_optimizer(model, args.weight_decay, betas=(0.9, 0.95))
+    fresh_optimizer = lambda: training.make_optimizer(model, args.weight_decay, betas=(0.9, 0.95))
+    optimizer = fresh_optimizer()
     tensors = lambda: checkpoint.training_state(model, optimizer)
     progress = checkpoint.load_state(args.out, tensors) or {"step": 0}
     metrics = Metrics(args.out, progress["step"], args.tracker)
@@ -247,7 +252,7 @@ def main():
         started = time.time()
         objective, examples = stages[stage]
         if step == 0:  # each stage has an optimizer of its own
-            optimizer = training.make_optimizer(model, args.weight_decay, betas=(0.9, 0.95))
+            optimizer = fresh_optimizer()
         batch = step_examples(examples, step, args.batch, f"{args.seed}/{stage + 1}")
         loss_tokens = sum(w > 0 for e in batch for w in e.weights)
 
@@ -274,7 +279,7 @@ def main():
         metrics.report(f"stage {stage + 1} step {step + 1}/{steps[stage]}  loss {loss:.4f}{says}", row)
         last = number + 1 == len(plan)
         if last and p_r < UNSAID and args.objective not in ("rft", "revision"):
-            run.say(f"warning: after y_init the model goes on with P_r with a probability of {p_r:.2g}: "
+            run.say(f"warning: after y_init the model goes on as P_r begins with a probability of {p_r:.2g}: "
                     "it will not revise by itself. Train it longer; after two stages, lower --stage2_size "
                     "or give --objective sum (docs/real.md)")
         if saver.after_step(number + 1, tensors, {"step": number + 1}, last):

@@ -47,7 +47,8 @@ def save_model(path, model, tokenizer, phrases, dtype):
 def keep_best(out, best, step, accuracy, save, keep=3):
     """Saves out/best/step-N if it is among the `keep` best. best: [[accuracy, step]], best first."""
     name = "step-{:06d}".format
-    there = [b for b in best if os.path.isdir(os.path.join(out, "best", name(b[1])))]  # a killed run's go
+    there = [b for b in best if b[1] != step  # a finished run that goes on validates its last step again
+             and os.path.isdir(os.path.join(out, "best", name(b[1])))]  # a killed run's go
     ranked = sorted(there + [[accuracy, step]], key=lambda b: (-b[0], b[1]))[:keep]
     if [accuracy, step] in ranked:
         save(os.path.join(out, "best", name(step)))

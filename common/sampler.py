@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 import verify
 from common.run import fail
+from common.training import load_weights
 
 
 class Request(NamedTuple):
@@ -62,8 +63,7 @@ class HFSampler(Sampler):
     """transformers, for machines without vLLM: batched, KV-cached, finished rows dropped from the batch."""
 
     def __init__(self, model, tokenizer, max_len, device, dtype, max_seqs=256):
-        from transformers import AutoModelForCausalLM
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+        self.model = load_weights(model, dtype=dtype).to(device).eval()
         self.end_ids = tokenizer.end_ids
         self.device, self.max_seqs = device, max_seqs
         self.max_len = min(max_len, verify.context_length(model))

@@ -3,8 +3,9 @@ What training needs, whatever the loss: rows packed without padding, a model und
 
   packing   pack() puts rows into bins, make_batch() makes a Batch of one; packed_attention() keeps the rows
             of a batch apart
-  model     load_model() -> a model whose forward is packed_forward(batch, positions, loss): the loss gets the
-            hidden states there and the whole head; full_tensors() gives its weights whole, one at a time
+  model     load_weights(): as transformers has it; load_model() -> a model whose forward is
+            packed_forward(batch, positions, loss): the loss gets the hidden states there and the whole head;
+            full_tensors() gives its weights whole, one at a time
   step      make_optimizer(), optimizer_step()
   speed     forward_flops(), mfu()
   flags     add_training_flags(), settle_flags()
@@ -141,15 +142,41 @@ def set_compiler(checkpointing):
     torch._functorch.config.is_non_builtin_to_include = checkpointing  # attention is among what it may keep
 
 
+def load_weights(path, **how):
+    """
+    A causal LM as transformers loads it, with `how`. Ends the program where its weights are not those of its
+    config: transformers would make up what is missing or of another shape, and only warn.
+    """
+    from transformers import AutoModelForCausalLM
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True,
+                                                       ignore_mismatched_sizes=True, **how)
+    made_up = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
+    if made_up:
+        fail(f"model {path}: {len(made_up)} weights are missing or not of the shape that config.json says: "
+             f"{', '.join(made_up[:3])}{', ...' * (len(made_up) > 3)}; give a whole model")
+    return model
+
+
+def check_ids(ids, vocabulary, where):
+    """Ends the program, naming the place, if one of these is no token id of a model with so many tokens."""
+    for i in ids:
+        if type(i) is not int or not 0 <= i < vocabulary:
+            fail(f"{where}: a token id is {i!r}, but the model's are 0 to {vocabulary - 1}; collect the data "
+                 "with this model")
+
+
 def load_model(path, ranks, mesh, dtype, trainable=True, checkpointing=False, compile=False,
                held=torch.float32):
     """
     A causal LM under FSDP2: weights held in `held`, gradients and their sums in fp32, compute in `dtype`.
     Its forward is packed_forward. Without checkpointing activations and gathered weights stay until backward.
     """
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface
     AttentionInterface.register("packed", packed_attention)
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="packed")
+    model = load_weights(path, attn_implementation="packed")
+    if not hasattr(model.get_decoder(), "layers"):
+        fail(f"model {path}: {type(model).__name__} has no decoder layers that take packed rows; give one "
+             "built as Qwen, Llama or Olmo are")
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     torch._dynamo.config.recompile_limit = 64  # student, teacher, ranges of lengths share a layer's code
     if trainable:

@@ -193,6 +193,21 @@ def test_kl_says_whether_the_phrase_is_heard(guesser, responses, tmp_path):
                     assert n != token or chance / 1e4 == pytest.approx(math.exp(logs[t] / 1e3), abs=1e-3)
 
 
+def test_kl_cuts_as_phase_2_does(guesser, responses, tmp_path):
+    """y so that x, y, the longer P_r, y fits the model; a y without any room is left out."""
+    tokenizer, rows = verify.load_tokenizer(guesser), [json.loads(line) for line in open(responses)]
+    rows[0]["y_init_tokens"] = rows[0]["y_init_tokens"][:2] * 750
+    rows[1]["problem"] = "1+" * 500 + "1=?"
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ["--student", guesser, "--teacher", guesser, "--responses", tmp_path / "long.jsonl"]
+    said = run("kl.py", *args, "--out", tmp_path / "out").stdout
+    assert "2 of 6 y_init were cut" in said and "1024 tokens" in said
+    x = verify.chat_ids(tokenizer, verify.Problem.of_row(rows[0]))
+    P_r = max(len(verify.control_ids(tokenizer, told, verify.PHRASES["qwen"])) for told in (False, True))
+    shown = {r["id"]: len(r["tokens"]) for r in embedded(tmp_path / "out/heatmap.html")["responses"]}
+    assert len(shown) == 5 and shown["p0"] == (1024 - len(x) - P_r) // 2
+
+
 def test_without_the_tests_folder(guesser, responses, tmp_path):
     """kl.py and what it imports, alone in a folder: the table, summary.json, a line instead of the page."""
     alone = tmp_path / "alone"

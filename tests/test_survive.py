@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from chaos import go
 from conftest import REPO, make_rows, read, seconds_of_children
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import srt
 import verify
@@ -395,6 +396,11 @@ def bad(inputs, tmp_path_factory):
     copy("no_length", config=json.dumps({**config, "max_position_embeddings": None}))
     copy("five_phrases", config=json.dumps({**config, "sdzero_phrases": 5}))
     copy("broken_weights", model="not weights")
+    config = json.loads((model / "config.json").read_text())
+    copy("five_layers", config=json.dumps({**config, "num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}))
+    copy("wide", config=json.dumps({**config, "intermediate_size": 300}))
+    small = GPT2Config(vocab_size=config["vocab_size"], n_embd=8, n_layer=1, n_head=1, eos_token_id=2, bos_token_id=None)
+    toy.save_model(str(folder / "gpt2"), GPT2LMHeadModel(small), verify.load_tokenizer(str(model)))
     toy.tiny_olmo3(str(folder / "olmo"))
     shutil.copytree(model, folder / "other_words")
     words = (folder / "other_words/tokenizer.json").read_text()
@@ -423,6 +429,8 @@ def bad(inputs, tmp_path_factory):
     srt.write_rows(str(folder / "none_kept.jsonl"), [{**row, "y_revised_correct": False} for row in rows])
     srt.write_rows(str(folder / "other_ids.jsonl"), [{**row, "y_init_tokens": [10**6]} for row in rows])
     srt.write_rows(str(folder / "text_ids.jsonl"), [{**row, "y_init_tokens": "12"} for row in rows])
+    for name, i in (("negative", -1), ("half", 1.5), ("letter", "a"), ("null", None)):
+        srt.write_rows(str(folder / f"{name}.jsonl"), [rows[0], *({**row, "y_init_tokens": [3, i]} for row in rows)])
     return folder
 
 
@@ -443,6 +451,8 @@ srt.py      --model {divides}                       cannot be used: ZeroDivision
 srt.py      --model {no_length}                     max_position_embeddings
 srt.py      --model {five_phrases}                  give --phrases
 srt.py      --model {broken_weights}                header
+srt.py      --model {five_layers} --engine hf       33 weights are missing
+srt.py      --model {wide} --engine hf              not of the shape that config.json says
 srt.py      --data {missing.jsonl}                  missing.jsonl is not there
 srt.py      --data {empty}                          not a .jsonl, .json or .parquet
 srt.py      --data=                                 not a .jsonl, .json or .parquet
@@ -483,12 +493,18 @@ srt.py      --out=                                  --out : No such file or dire
 srt.py      --out {broken_flags}                    flags.json holds no JSON object; give another --out
 sft.py      --model {missing}                       cannot be used
 sft.py      --model {broken_weights}                header
+sft.py      --model {five_layers}                   33 weights are missing
+sft.py      --model {gpt2}                          GPT2LMHeadModel has no decoder layers
 sft.py      --flash 4                               --flash 4 needs a GPU of compute capability
 sft.py      --data {missing.jsonl}                  missing.jsonl is not there
 sft.py      --data {nothing.jsonl}                  no rows for stage 1
 sft.py      --data {good.jsonl}                     field 'y_init_tokens'
 sft.py      --data {text_ids.jsonl}                 should be list, found str
 sft.py      --data {other_ids.jsonl}                collect the data with this model
+sft.py      --data {negative.jsonl}                 negative.jsonl:2: a token id is -1
+sft.py      --data {half.jsonl}                     half.jsonl:2: a token id is 1.5
+sft.py      --data {letter.jsonl}                   letter.jsonl:2: a token id is 'a'
+sft.py      --data {null.jsonl}                     null.jsonl:2: a token id is None
 sft.py      --data {all_right.jsonl}                no rows for stage 1
 sft.py      --data {none_kept.jsonl}                no rows for stage 1
 sft.py      --data {all_wrong.jsonl} --objective rft --stage2_size 2000   no rows for stage 1
@@ -532,6 +548,13 @@ kl.py       --teacher {other_words}                 one vocabulary
 kl.py       --teacher {no_weights}                  no_weights
 kl.py       --responses {nothing.jsonl}             holds no responses
 kl.py       --responses {other_ids.jsonl}           other_ids.jsonl:1: a token id
+kl.py       --teacher {five_layers}                 33 weights are missing
+kl.py       --responses {negative.jsonl}            negative.jsonl:2: a token id is -1
+kl.py       --responses {half.jsonl}                half.jsonl:2: a token id is 1.5
+kl.py       --responses {letter.jsonl}              letter.jsonl:2: a token id is 'a'
+kl.py       --responses {null.jsonl}                null.jsonl:2: a token id is None
+kl.py       --out {good.jsonl}                      --out
+kl.py       --out {good.jsonl}/deeper               --out
 kl.py       --max_responses 0                       not at least 1
 kl.py       --responses {missing.jsonl}             missing.jsonl is not there
 kl.py       --responses {good.jsonl}                field 'sample'

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.attention.varlen as varlen
 from conftest import REPO, make_rows, read, run
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import distill
 import sft
@@ -274,6 +274,28 @@ def test_processes_do_not_change_the_step(ranks, qwen, problems_file, tmp_path):
 # ----------------------------------------------------------------------------------------------- checkpoints
 
 
+def test_weights_that_are_not_the_configs(qwen, olmo, tmp_path):
+    """Missing or of another shape they end the program; a tied head is not missing."""
+    import toy
+    small = dict(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                 num_key_value_heads=1, intermediate_size=16)
+    for tie in (True, False):
+        folder = str(tmp_path / f"qwen2-{tie}")
+        Qwen2ForCausalLM(Qwen2Config(**small, tie_word_embeddings=tie)).save_pretrained(folder)
+        training.load_weights(folder)
+    for folder in (qwen, olmo, toy.tiny_qwen3(str(tmp_path / "untied"), tie=False)):
+        training.load_weights(folder)
+    for change, named in (({"num_hidden_layers": 3}, "11 weights .*: model.layers.2.input_layernorm"),
+                          ({"intermediate_size": 300}, "6 weights .*: model.layers.0.mlp.down_proj.weight, "),
+                          ({"tie_word_embeddings": False}, "1 weights .*: lm_head.weight;")):
+        shutil.copytree(qwen, folder := tmp_path / "-".join(change))
+        config = json.loads((folder / "config.json").read_text()) | change
+        config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(SystemExit, match=f"{folder}: {named}"):
+            training.load_weights(str(folder))
+
+
 @pytest.mark.parametrize("tie", [True, False])
 def test_checkpoint_gives_the_trainers_logits(ranks, tmp_path, problems_file, tie):
     """A saved folder loads in plain transformers and gives what the trainer has after a step, phrases too."""
@@ -443,6 +465,12 @@ def test_cleaning(qwen, tmp_path, d_revision):
     stages, counts = sft.read_examples(str(path), "revision", 0, tokenizer, QWEN, 4096, seed=0)
     assert {tuple(e.ids[-6:]) for e in stages[0][1]} >= {tuple([24] + loop + [end])}
     assert counts["y_revised: repeating tail trimmed"] == 1 and counts["dropped: duplicate"] == 1
+    path.write_text(json.dumps(rows[1]) + "\n" + json.dumps({**rows[0], "y_revised_tokens": []}))
+    stages, counts = sft.read_examples(str(path), "revision", 0, tokenizer, QWEN, 4096, seed=0)
+    assert len(stages[0][1]) == 1 and counts["dropped: empty y_revised"] == 1
+    path.write_text(json.dumps({**rows[0], "y_revised_tokens": []}))
+    with pytest.raises(SystemExit, match="empty y_revised': 1}; get more with srt.py$"):
+        sft.read_examples(str(path), "sum", 2000, tokenizer, QWEN, 4096, seed=0)
 
 
 class Characters:
@@ -459,6 +487,12 @@ class Characters:
     ("Good catch, I slipped. It is 4.", "It is 4."),
     ("The right answer is 4. Thank you for asking.", "The right answer is 4. Thank you for asking."),
     ("You are given a triangle.", "You are given a triangle."),
+    ("You are right-angled at B.", "You are right-angled at B."),
+    ("You are right - the sum is 4.", "The sum is 4."),
+    ("You are right--the sum is 4.", "The sum is 4."),
+    ("You're right, -4 is it.", "-4 is it."),
+    ("You are right -4 is it.", "You are right -4 is it."),
+    ("Good point A lies on the line y=2. So x=1.", "Good point A lies on the line y=2. So x=1."),
     ("Good points on the circle are those with x > 0 and y",
      "Good points on the circle are those with x > 0 and y"),
 ])
@@ -507,6 +541,8 @@ def test_the_best_checkpoints_stay(ranks, tmp_path):
     best = checkpoint.keep_best(str(tmp_path), best, 5, 0.1, lambda path: os.makedirs(path))
     assert best == [[0.5, 1], [0.5, 4], [0.1, 5]]
     assert sorted(os.listdir(tmp_path / "best")) == ["step-000001", "step-000004", "step-000005"]
+    best = checkpoint.keep_best(str(tmp_path), best, 4, 0.6, lambda path: os.makedirs(path, exist_ok=True))
+    assert best == [[0.6, 4], [0.5, 1], [0.1, 5]]  # it went on, and validated the same step again
 
 
 def test_the_teacher_does_not_train(qwen, ranks):
