@@ -73,8 +73,8 @@ demo: setup
 # A real model, from collection to the same table and picture; each stage goes on where it was. docs/real.md has what was
 # seen. make real MODEL=Qwen/Qwen2.5-Coder-1.5B-Instruct DATA=openai/gsm8k:main; a folder for MODEL, and files by
 # TRAIN=train.jsonl TEST=test.jsonl. The rows of TRAIN: for collection, for phase 2, for validation. Another SRT:
-# OBJECTIVE="two-stage --stage2_size 600"; SEED=1. All of them on make's command line: the environment does not count. A stage
-# of SFT that is done needs no state any more (1.5B: 37 GB).
+# OBJECTIVE="two-stage --stage2_size 600"; SEED=1. All of them on make's command line: the environment does not count. SFT takes
+# minutes: a signal saves its state, a kill -9 begins it again; done, it needs none any more (1.5B: 37 GB).
 
 MODEL = Qwen/Qwen2.5-Coder-1.5B-Instruct
 DATA = openai/gsm8k:main

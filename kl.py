@@ -289,7 +289,7 @@ def main():
         problem, whole, correct = verify.Problem.of_row(row), row["y_init_tokens"], row["y_init_correct"]
         x = verify.chat_ids(tokenizer, problem)
         seen = lambda y: [verify.teacher_reads(tokenizer, problem, x, y, told, phrases) for told in (0, 1)]
-        y = whole[:max(0, (context - max(map(len, seen([])))) // 2)]  # as phase 2 cuts it
+        y = whole[:max(0, (context - max(map(len, seen([])))) // 2)]  # both fit, whatever is told
         cut += y != whole
         if not y:
             continue

@@ -255,7 +255,8 @@ def main():
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     longest = check_lengths(args.model, prompts, args.max_tokens)
     run.open_out(args, ranks, FREE)
-    if run.finished(args.out, "responses.jsonl", target=args.target):
+    keeps = args.num_revisions and not args.eval
+    if run.finished(args.out, "responses.jsonl", **({"target": args.target} if keeps else {})):
         judge.close()
         return dist.destroy_process_group()
     dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
@@ -270,7 +271,6 @@ def main():
     dist.barrier()
     done = read_rows(args.out)  # what an earlier run of the same command has finished
     file = open(os.path.join(args.out, f"responses.rank{ranks.rank}.jsonl"), "a")
-    keeps = args.num_revisions and not args.eval
     progress = Progress(ranks, len(problems), args.target if keeps else None)
     waiting, judging = deque(), set()  # for serve: requests, whose keys get the Samples; verdicts to come
     stopped = lambda: ranks.store.add("stop", len(caught)) > 0  # as soon as any rank has had a signal

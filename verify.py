@@ -125,6 +125,8 @@ def load_problems(data, judge, range_=None, max_problems=None, flag="--data"):
     problems = []
     for problem, gold in asked:
         problem.answer, why = gold.result()
+        if isinstance(problem.answer, str) and re.search("[\ud800-\udfff]", problem.answer):
+            problem.answer, why = None, "half a character in the answer"
         if problem.answer is None:
             dropped[why] += 1
         else:

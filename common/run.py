@@ -108,7 +108,7 @@ def compare_flags(args, free, defaults):
         with open(load_verifier(args.mode).__file__, "rb") as f:
             flags["verifier"] = hashlib.sha256(f.read()).hexdigest()[:12]
     path = os.path.join(args.out, "flags.json")
-    begun = os.path.exists(path) and os.listdir(args.out) != ["flags.json"]
+    begun = os.path.exists(path) and bool(set(os.listdir(args.out)) - {"flags.json", "flags.json.tmp"})
     before = {**flags, **defaults, **read_object(path)} if begun else flags
     changed = [name for name in flags if before[name] != flags[name]]
     text = ", ".join(f"--{name} {before[name]} -> {flags[name]}" for name in changed)

@@ -149,7 +149,7 @@ class VLLMSampler(Sampler):
         self.end_ids = tokenizer.end_ids
         # on a CPU chunked prefill and a request's seed do not go together (vLLM 0.32), and nothing can sleep
         whole_prompts = dict(enable_chunked_prefill=False, max_num_batched_tokens=max(8192, self.max_len))
-        # a graph for every step, new prompts included: vLLM's own limit of 512 tokens leaves most without
+        # graphs also for steps with some new prompts: vLLM's own limit of 512 tokens leaves most without
         graphs = dict(enable_sleep_mode=True, compilation_config={"max_cudagraph_capture_size": 2 * max_seqs})
         try:
             self.llm = LLM(

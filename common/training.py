@@ -144,8 +144,8 @@ def set_compiler(checkpointing):
 
 def load_weights(path, **how):
     """
-    A causal LM as transformers loads it, with `how`. Ends the program where its weights are not those of its
-    config: transformers would make up what is missing or of another shape, and only warn.
+    A causal LM as transformers loads it, with `how`. Ends the program where weights that its config wants are
+    missing or of another shape: transformers would make them up, and only warn.
     """
     from transformers import AutoModelForCausalLM
     model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True,

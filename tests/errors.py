@@ -7,7 +7,8 @@ equation `a op b (op c ...) = d` of a wrong y_init is one that can be labelled: 
 Of the labelled tokens the highest counts, by its rank among all of y: 0 the highest, 1 the lowest. Chance is
 the expected best of k ranks of n, (n - k) / (k + 1), over n - 1: 1/2 for one token, about 1/3 for two. Only
 equations of plain numbers are read: none with words, brackets, variables, powers or percentages in it, nor
-one whose d ends y. A d may be rounded to its digits; after a division, cut or rounded up.
+one whose d ends y. A d may be rounded to its digits; after a division, cut or rounded up. A response that
+does not fit the model's context twice is left out.
 """
 import argparse
 import json
@@ -93,25 +94,29 @@ def main():
              if not row["y_init_correct"]]
     found = [(row, *error) for row in wrong if (error := label(tokenizer, row["y_init_tokens"]))]
     found or run.fail(f"--responses {args.responses}: {len(wrong)} wrong y_init, no false equation; add more")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     student, teacher = (kl.load(model, device) for model in (args.model, reader))
+    context = min(map(verify.context_length, (args.model, reader)))
     told, errors = ((False, phrases), (True, phrases), (True, [NEUTRAL] * 2)), []
     for row, equation, tokens in tqdm(found[:args.max_responses], desc="score", unit="response"):
         problem, y = verify.Problem.of_row(row), row["y_init_tokens"]
         x, targets = verify.chat_ids(tokenizer, problem), torch.tensor(y, device=device)
         seen = [verify.teacher_reads(tokenizer, problem, x, y, *each) for each in told]
+        if max(map(len, seen)) + len(y) > context:
+            continue
         p, q = kl.read(student, x, y), [kl.read(teacher, before, y) for before in seen]
         after = [kl.chunked_kl(*p, *side, torch.ones_like(targets), targets=targets) for side in q]
         contrast = after[1].teacher_logp - after[0].teacher_logp
         columns = *(side.kl for side in after), -after[0].logp, contrast, torch.zeros(len(y))
         errors.append({"id": row["id"], "sample": row["sample"], "equation": equation, "tokens": tokens,
                        **{name: rank(values, tokens) for name, values in zip(COLUMNS, columns)}})
+    errors or run.fail(f"--responses {args.responses}: x, y, P_r, y takes over {context} tokens in each")
     print(f"{'sorted by':38s}mean  median   {len(found)} of {len(wrong)} wrong y_init hold a false equation")
     summary = {"wrong": len(wrong), "responses": len(errors), "phrases": phrases, "neutral": NEUTRAL}
     for name in COLUMNS:
         places = [error[name] for error in errors]
         summary[name] = {"mean": mean(places), "median": median(places)}
         print(f"{name:34s}{mean(places):8.3f}{median(places):8.3f}")
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     run.write_atomically(f"{args.out}/summary.json", json.dumps(summary | {"errors": errors}, indent=1))
     torch.distributed.destroy_process_group()
 

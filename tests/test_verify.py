@@ -309,6 +309,8 @@ def test_a_flag_that_an_older_run_did_not_know_had_its_default(ranks, tmp_path, 
     (out / "flags.json").write_text('{"kl": "reverse"}')
     assert open_out(out, ranks, monkeypatch, "--lr", "0.25") == {"lr": 0.25, "kl": "reverse"}
     assert "--lr 0.5 -> 0.25" in capsys.readouterr().out
+    (out / "rows").rename(out / "flags.json.tmp")  # as if two starts had been killed before they did anything
+    assert open_out(out, ranks, monkeypatch, "--kl", "forward")["kl"] == "forward"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000])
@@ -365,6 +367,7 @@ GOOD = '{"id": "a", "problem": "1+1?", "answer": "2"}\n'
     ("d.jsonl", '{"problem": "?"}\n', "dropped: {'no answer': 1}"),
     ("d.jsonl", '{"problem": "?", "answer": {"x": 1}}\n', "field 'answer' is dict"),
     ("d.jsonl", '{"problem": "?", "answer": "((("}\n', "gold cannot be parsed"),
+    ("d.jsonl", '{"problem": "?", "answer": "\\\\text{A\\udc00}"}\n', "half a character in the answer"),
 ])
 def test_a_bad_file_gives_one_clear_line(judge, tmp_path, name, content, says):
     with pytest.raises(SystemExit) as e:
