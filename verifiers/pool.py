@@ -20,6 +20,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 import traceback
 import types
 from collections import deque
@@ -93,6 +94,21 @@ def descendants(pid):
     return found
 
 
+def signal_all(pids, number):
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def halted(pid):
+    """Whether a process is stopped or gone."""
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] in "TtZX"
+    except OSError:
+        return True
+
+
 class Workers:
     """
     Processes that ask a verifier, one question at a time; any thread may use them. There is one at first; a
@@ -153,10 +169,14 @@ class Workers:
         return line if line.endswith(b"\n") else b""
 
     def stop(self, process):
-        process.send_signal(signal.SIGSTOP)  # so that it starts nothing more
-        for pid in descendants(process.pid):  # bubblewrap, killed alone while it sets up, leaves a child
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        held = []  # stopped, until none is left that can start another, and then killed together:
+        while new := [pid for pid in descendants(process.pid) if pid not in held]:
+            signal_all(new, signal.SIGSTOP)  # bubblewrap, killed alone while it sets up, leaves a child
+            deadline = time.monotonic() + 0.2  # one that waits for a child to start does not stop
+            while not all(map(halted, new)) and time.monotonic() < deadline:
+                time.sleep(0.001)
+            held += new
+        signal_all(held, signal.SIGKILL)
         process.wait()
         process.stdin = process.stdout = None
 
