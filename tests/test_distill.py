@@ -1,5 +1,7 @@
 """distill.py: weights of rows, what is measured beside the loss, steps without rows, runs that get worse."""
 import json
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import distill
 import verify
 from common import training
 from common.metrics import worse
+from common.sampler import Sample, Sampler
 from kl import COPIED
 
 
@@ -199,3 +202,23 @@ def test_a_moving_teacher_is_held_in_fp32(qwen, ranks):
     for mine, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
         assert mine.dtype == torch.float32 and torch.equal(mine.full_tensor(), theirs.full_tensor())
     assert distill.whole_head(teacher, torch.bfloat16).dtype == torch.bfloat16
+
+
+class Reversed(Sampler):
+    """One token for each prompt, its first; the last prompt is done first."""
+
+    def stream(self, pull, **how):
+        yield from (Sample(r, r.ids[:1], [-1.0], False) for r in reversed(list(iter(pull, None))))
+
+
+def test_samples_and_verdicts_in_any_order():
+    """Of the problems 2 and 0, whichever is done first."""
+    def submit(problem, text):
+        verdict = Future()
+        verdict.set_result((problem, text))
+        return verdict
+    args = SimpleNamespace(max_tokens=1, temperature=1.0, top_p=1.0)
+    judge, tokenizer = SimpleNamespace(submit=submit), SimpleNamespace(decode=lambda ids, **_: ids[0])
+    samples, verdicts = distill.sample_and_judge(Reversed(), judge, tokenizer, "abc", [[7], [8], [9]], [2, 0], [5, 6], args)
+    assert [sample.ids for sample in samples] == [[9], [7]]
+    assert [verdict.result() for verdict in verdicts] == [("c", 9), ("a", 7)]

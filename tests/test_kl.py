@@ -1,5 +1,6 @@
 """kl.py against autograd over the full vocabulary in float64."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,3 +233,11 @@ def test_errors():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("kind", kl.KINDS)
+def test_tiles_of_a_chunk(kind, monkeypatch):
+    """A chunk that is looked at in tiles, as on a GPU, the last of them shorter."""
+    apply = kl.HeadLoss.apply
+    monkeypatch.setattr(kl, "HeadLoss", SimpleNamespace(apply=lambda h, w, t, chunk, block, tile: apply(h, w, t, chunk, 4, tile)))
+    close(*both(kind, chunk=9))

@@ -575,3 +575,16 @@ def test_one_vocabulary(qwen, tmp_path):
     other.add_tokens(["another"])
     with pytest.raises(SystemExit, match="different tokenizers"):
         verify.same_vocabulary(qwen, tokenizer, qwen, other)
+
+
+def test_step_examples():
+    """Each epoch has every example once, in another order; its last step has what is left."""
+    batches = [list(sft.step_examples(range(10), step, 4, "s")) for step in range(6)]
+    assert [len(batch) for batch in batches] == [4, 4, 2] * 2
+    first, second = sum(batches[:3], []), sum(batches[3:], [])
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+
+
+def test_positions_begin_anew_in_each_row(ranks):
+    batch = training.make_batch([[5, 6, 7], [8], [9, 9]], ranks.device)
+    assert batch.positions.tolist() == [0, 1, 2, 0, 0, 1]

@@ -457,3 +457,10 @@ def test_the_script_reports_and_judges_again(tmp_path):
         assert line in out
     code, out, err = script("--data", tmp_path / "nothing.jsonl")
     assert code == 1 and err.count("\n") == 1 and err.startswith("error: ")
+
+
+def test_y_init_is_not_tokenised_again(qwen):
+    tokenizer, phrases = verify.load_tokenizer(qwen), verify.PHRASES["qwen"]
+    y = tokenizer.convert_tokens_to_ids(["1", "0"])  # its text would come back as one token, "10"
+    assert tokenizer.encode("10", add_special_tokens=False) != y
+    assert verify.revision_ids(tokenizer, [5], y, False, phrases) == [5, *y, *verify.control_ids(tokenizer, False, phrases)]
