@@ -20,7 +20,6 @@ train on the wrong policy without a sign. A run that gets worse says so: a falli
 """
 import argparse
 import functools
-import gc
 import os
 import random
 from typing import NamedTuple
@@ -231,8 +230,7 @@ def main():
     if args.topk > len(tokenizer):
         fail(f"--topk {args.topk} is more than the {len(tokenizer)} tokens of the vocabulary; lower it")
     max_teacher_len = min(args.max_teacher_len, verify.context_length(args.teacher))
-    run.open_out(args, ranks, FREE)
-    if run.finished(args.out, "final", steps=args.steps):
+    if run.open_out(args, ranks, FREE, "final", steps=args.steps):
         judge.close()
         return dist.destroy_process_group()
     training.settle_flags(args, ranks.device)
@@ -316,9 +314,8 @@ def main():
         progress["history"].append([row["reward"], row["truncated"], row["entropy"]])
         stop = getting_worse(progress, args) and step + 1 < args.steps
         stop |= saver.after_step(step + 1, tensors, progress, last=stop)
-        if step == first:  # what torch.compile made stays: vLLM collects garbage and need not look there
-            gc.collect()
-            gc.freeze()
+        if step == first:
+            training.keep_compiled()
 
     saver.wait()
     if stop:

@@ -27,14 +27,13 @@ import json
 import math
 import os
 import runpy
-import tempfile
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import verify
-from common.run import fail, launch, natural, need, read_jsonl, write_atomically
+from common.run import fail, launch, make_out, natural, need, read_jsonl, write_atomically
 from common.training import check_ids, load_weights
 
 KINDS = ("reverse", "forward", "mixed", "jsd")
@@ -267,11 +266,7 @@ def main():
     args, ranks = parser.parse_args(), launch()
     if ranks.rank:  # one is enough
         return torch.distributed.destroy_process_group()
-    try:
-        os.makedirs(args.out, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()  # not after all is scored
-    except OSError as e:
-        fail(f"--out {args.out!r}: {e.strerror}; give another folder")
+    make_out(args.out)  # not after all is scored
     tokenizer = verify.load_tokenizer(args.teacher)
     verify.same_vocabulary(args.student, verify.load_tokenizer(args.student), args.teacher, tokenizer)
     phrases = verify.phrases_of(args.teacher, args.phrases)

@@ -47,7 +47,7 @@ UNSAID = 0.3
 FLATTERY = re.compile(
     r"(?:\s*(?:(?:yes|indeed)[,!.]?\s+)?(?:"
     r"you(?:'re|’re| are) (?:absolutely |completely |quite )?right"
-    r"(?: to\b[^.!?\n]*|[^.!?\n—–,:-]{0,20})(?:[.!?—–,:]|--+|-(?!\w))+"  # "You're right to ask." "Right —"
+    r"(?: to\b[^.!?\n]*|[^.!?\n—–,:-]{0,20})(?:[.!?—–,:]|--+|-(?!\w))+"  # "You're right to ask."
     r"|(?:thanks|thank you) for\b[^.!?\n—]*[.!?—]"
     r"|(?:great|good|nice|excellent) (?:question|catch|point|observation)\b[^.!?\n—]{0,20}[.!?—]"
     r")\s*)*", re.IGNORECASE)
@@ -233,8 +233,7 @@ def main():
     if args.objective != "rft" and counts["wrong -> right"] < verify.FEW:
         run.say(f"warning: {counts['wrong -> right']} tuples after a wrong y_init are few; 1,548 of a 1.5B "
                 "model did not do either, its teacher copied (docs/real.md): collect more, with a better one")
-    run.open_out(args, ranks, FREE)
-    if run.finished(args.out, "final"):
+    if run.open_out(args, ranks, FREE, "final"):
         return dist.destroy_process_group()
     training.settle_flags(args, ranks.device)
     model = training.load_model(args.model, ranks, training.make_mesh(ranks), args.dtype,

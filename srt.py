@@ -254,9 +254,8 @@ def main():
     problems, dropped = verify.load_problems(args.data, judge, args.range_, args.max_problems)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     longest = check_lengths(args.model, prompts, args.max_tokens)
-    run.open_out(args, ranks, FREE)
     keeps = args.num_revisions and not args.eval
-    if run.finished(args.out, "responses.jsonl", **({"target": args.target} if keeps else {})):
+    if run.open_out(args, ranks, FREE, "responses.jsonl", **({"target": args.target} if keeps else {})):
         judge.close()
         return dist.destroy_process_group()
     dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))

@@ -32,6 +32,7 @@ from verifiers.pool import Workers, load_verifier
 # ------------------------------------------------------------------------------------------------ problems
 
 PROBLEM_FIELDS = ("problem", "question", "prompt")
+LONE = re.compile("[\ud800-\udfff]")  # half a character, which no file can hold
 
 
 @dataclass
@@ -88,9 +89,14 @@ def make_problem(row, where, name, mode):
         text += f"\n\n```python\n{starter}\n```"
     ids = [row[field] for field in ("id", "uuid") if row.get(field) is not None]
     id_ = str(ids[0] if ids else name)
-    if lone := re.search("[\ud800-\udfff]", id_ + text):
+    if lone := LONE.search(id_ + text):
         fail(f"{where}: {lone[0]!r} in the problem or its id is half a character; mend or remove it")
     return Problem(id_, text, None, mode)
+
+
+def range_of(flag):
+    """The flag that chooses rows of what --data or --val names."""
+    return "--range" if flag == "--data" else f"{flag}_range"
 
 
 def load_problems(data, judge, range_=None, max_problems=None, flag="--data"):
@@ -102,9 +108,8 @@ def load_problems(data, judge, range_=None, max_problems=None, flag="--data"):
     """
     judge.verifier.check(judge.limits)
     match = re.fullmatch(r"(\d*):(\d*)", range_ or ":")
-    range_flag = "--range" if flag == "--data" else f"{flag}_range"
     if not match:
-        fail(f"{range_flag} {range_}: A:B is wanted, two row numbers such as 0:10000")
+        fail(f"{range_of(flag)} {range_}: A:B is wanted, two row numbers such as 0:10000")
     start, stop = int(match[1] or 0), int(match[2] or sys.maxsize)
     stem = os.path.basename(data).split(".")[0]
     asked, dropped, text_of, texts, number = [], Counter(), {}, set(), 0
@@ -121,11 +126,11 @@ def load_problems(data, judge, range_=None, max_problems=None, flag="--data"):
                 asked[-200][1].result()  # no more rows than these wait in memory
         texts.add(text)
     if range_ and number <= start:
-        fail(f"{range_flag} {range_} is empty: none of the {number} rows up to its end is in it")
+        fail(f"{range_of(flag)} {range_} is empty: none of the {number} rows up to its end is in it")
     problems = []
     for problem, gold in asked:
         problem.answer, why = gold.result()
-        if isinstance(problem.answer, str) and re.search("[\ud800-\udfff]", problem.answer):
+        if isinstance(problem.answer, str) and LONE.search(problem.answer):
             problem.answer, why = None, "half a character in the answer"
         if problem.answer is None:
             dropped[why] += 1

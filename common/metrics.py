@@ -106,7 +106,6 @@ def tally(rows, samples, verdicts):
             "tokens_right": sum(len(r.y) for r in rows if r.correct),
             "reward": sum(v.correct for v in verdicts), "response_len": sum(len(y.ids) for y in samples),
             "truncated": sum(y.truncated for y in samples),
-            "cut": sum(len(y.ids) for y in samples) - sum(len(r.y) for r in rows),
             "judge_failed": sum(v.reason in ("timeout", "crash") for v in verdicts)}
 
 
@@ -127,7 +126,7 @@ def log(metrics, args, ranks, step, sums, clock, **others):
            **{name: sums[name] / tokens for name in ("entropy", "copied", "sync_gap")},
            **{name: sums[name] / args.batch
               for name in ("reward", "response_len", "truncated", "judge_failed")},
-           "cut": sums["cut"] / max(1, sums["response_len"]),  # sampled for nothing
+           "cut": (sums["response_len"] - sums["tokens"]) / max(1, sums["response_len"]),
            "tokens": int(sums["tokens"]), "seconds": sum(clock.seconds.values()),
            **{f"seconds_{part}": seconds for part, seconds in clock.seconds.items()},
            "mfu": training.mfu(sums["flops"], spent, ranks.world), **others}

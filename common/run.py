@@ -2,7 +2,7 @@
 A run's processes and folder: what every script does before and after its own work.
 
   processes   launch() -> Ranks; catch_signals(); say(), fail(): what a user reads, one rank's word
-  folder      open_out() makes --out, keeps other runs out of it and other flags; finish(), finished()
+  folder      make_out(); open_out() keeps other runs and other flags out of it; finish(), finished()
   files       write_atomically(); read_object(); read_jsonl(), need(): rows, and an error that names file,
               line and field
   flags       parse(), and types for argparse: within(), natural, positive, share
@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from typing import NamedTuple
 
@@ -76,50 +77,56 @@ def catch_signals():
     return caught
 
 
-def open_out(args, ranks, free):
+def make_out(out):
+    """Makes the folder --out; ends the program where nothing can be written there."""
+    try:
+        os.makedirs(out, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as e:
+        fail(f"--out {out}: {e.strerror}; give a folder that can be written")
+
+
+def open_out(args, ranks, free, product, **wanted):
     """
-    Makes --out, with the flags of the run and a hash of the verifier's source, which finished() leaves in its
-    flags.json. Flags that differ from those of a run that is in it are named; the program ends if one is not
-    among `free` (a string of names). One that an older flags.json lacks had its default.
+    Makes --out, with the flags of the run and a hash of the verifier's source in its flags.json. Flags that
+    differ from those of a run that is in it are named; the program ends if one is not among `free` (a string
+    of names). One that an older flags.json lacked had its default. True, and says so, if that run has ended
+    (`finished`): nothing is to be done then, and its flags stay.
     """
     import torch.distributed as dist
     defaults = vars(args).pop("defaults")
     if ranks.rank == 0:
-        try:
-            compare_flags(args, free, defaults)
-        except OSError as e:
-            fail(f"--out {args.out}: {e.strerror}; give a folder that can be written")
-    dist.barrier()
-
-
-def compare_flags(args, free, defaults):
-    """What open_out does, on one rank."""
-    os.makedirs(args.out, exist_ok=True)
-    hold(args.out)
-    if args.fresh and os.listdir(args.out):
-        old = f"{args.out.rstrip('/')}.old-{time.strftime('%Y%m%d-%H%M%S')}"
-        os.rename(args.out, old)
-        print(f"--fresh: {args.out} is now {old}")
-        os.makedirs(args.out)
+        make_out(args.out)
         hold(args.out)
-    flags = {name.rstrip("_"): value for name, value in vars(args).items()}
-    del flags["out"], flags["fresh"]
-    if "mode" in flags:
-        with open(load_verifier(args.mode).__file__, "rb") as f:
-            flags["verifier"] = hashlib.sha256(f.read()).hexdigest()[:12]
-    path = os.path.join(args.out, "flags.json")
-    begun = os.path.exists(path) and bool(set(os.listdir(args.out)) - {"flags.json", "flags.json.tmp"})
-    before = {**flags, **defaults, **read_object(path)} if begun else flags
-    changed = [name for name in flags if before[name] != flags[name]]
-    text = ", ".join(f"--{name} {before[name]} -> {flags[name]}" for name in changed)
-    text = text.replace("--verifier", "the verifier's source (its hash)")
-    if set(changed) - set(free.split()):
-        fail(f"--out {args.out} was made with other flags: {text}; give the old ones, another --out, or "
-             "--fresh, which renames the old folder and starts over")
-    if changed:
-        print(f"flags changed since this run began: {text}", flush=True)
-    with open(path + ".tmp", "w") as f:
-        f.write(json.dumps(flags, indent=1) + "\n")
+        if args.fresh and os.listdir(args.out):
+            old = f"{args.out.rstrip('/')}.old-{time.strftime('%Y%m%d-%H%M%S')}"
+            os.rename(args.out, old)
+            print(f"--fresh: {args.out} is now {old}")
+            os.makedirs(args.out)
+            hold(args.out)
+        flags = {name.rstrip("_"): value for name, value in vars(args).items()}
+        del flags["out"], flags["fresh"]
+        if "mode" in flags:
+            with open(load_verifier(args.mode).__file__, "rb") as f:
+                flags["verifier"] = hashlib.sha256(f.read()).hexdigest()[:12]
+        path = os.path.join(args.out, "flags.json")
+        begun = os.path.exists(path) and bool(set(os.listdir(args.out)) - {"flags.json", "flags.json.tmp"})
+        before = {**flags, **defaults, **read_object(path)} if begun else flags
+        changed = [name for name in flags if before[name] != flags[name]]
+        text = ", ".join(f"--{name} {before[name]} -> {flags[name]}" for name in changed)
+        text = text.replace("--verifier", "the verifier's source (its hash)")
+        if set(changed) - set(free.split()):
+            fail(f"--out {args.out} was made with other flags: {text}; give the old ones, another --out, or "
+                 "--fresh, which renames the old folder and starts over")
+        if changed:
+            print(f"flags changed since this run began: {text}", flush=True)
+        if not finished(args.out, product, **wanted):
+            write_atomically(path, json.dumps(flags, indent=1) + "\n")
+    dist.barrier()
+    ended = finished(args.out, product, **wanted)
+    if ended:
+        say(f"{os.path.join(args.out, product)} is there already: nothing to do (--fresh starts over)")
+    return ended
 
 
 def hold(folder):
@@ -136,18 +143,10 @@ def hold(folder):
 
 
 def finished(out, product, **wanted):
-    """
-    True, and says so, if a run has ended here: summary.json, which it writes last, has these values. Else the
-    flags that open_out has read hold from here on.
-    """
-    summary, product, flags = (os.path.join(out, name) for name in ("summary.json", product, "flags.json"))
+    """Whether a run has ended here: summary.json, which it writes last, has these values."""
+    summary, product = (os.path.join(out, name) for name in ("summary.json", product))
     there = os.path.exists(summary) and os.path.exists(product)
-    ended = there and wanted.items() <= read_object(summary).items()
-    if ended:
-        say(f"{product} is there already: nothing to do (--fresh starts over)")
-    if os.environ.get("RANK", "0") == "0":
-        os.remove(flags + ".tmp") if ended else os.replace(flags + ".tmp", flags)
-    return ended
+    return there and wanted.items() <= read_object(summary).items()
 
 
 def finish(args, ranks, found):

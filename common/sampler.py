@@ -230,8 +230,8 @@ def check_lengths(model, prompts, max_tokens, flag="--data"):
     if max_tokens > limit:
         fail(f"--max_tokens {max_tokens}: --model {model} takes {limit} tokens with the prompt; lower it")
     if longest >= limit:
-        mend = "--range" if flag == "--data" else f"{flag}_range"
-        fail(f"{flag}: a prompt has {longest} tokens but --model {model} takes {limit}; drop it with {mend}")
+        fail(f"{flag}: a prompt has {longest} tokens but --model {model} takes {limit}; drop it with "
+             + verify.range_of(flag))
     return longest
 
 
@@ -275,7 +275,7 @@ def serve(coroutines, waiting, judging, stopped, sampler, **how):
 
 def close(judge, sampler):
     """Ends a script's workers, its engine and its process group, which vLLM may have taken down already."""
-    gc.unfreeze()  # vLLM and distill.py freeze; at the end triton's bindings would report it as leaked
+    gc.unfreeze()  # vLLM and training freeze; at the end triton's bindings would report it as leaked
     dist.barrier()
     judge.close()
     sampler.close()

@@ -6,12 +6,13 @@ What training needs, whatever the loss: rows packed without padding, a model und
   model     load_weights(): as transformers has it; load_model() -> a model whose forward is
             packed_forward(batch, positions, loss): the loss gets the hidden states there and the whole head;
             full_tensors() gives its weights whole, one at a time
-  step      make_optimizer(), optimizer_step()
+  step      make_optimizer(), optimizer_step(), keep_compiled()
   speed     forward_flops(), mfu()
   flags     add_training_flags(), settle_flags()
 """
 import contextlib
 import functools
+import gc
 import inspect
 import itertools
 import math
@@ -140,6 +141,12 @@ def set_compiler(checkpointing):
     """
     torch._functorch.config.activation_memory_budget = 0.3 if checkpointing else 0.85  # 0.85 costs no time
     torch._functorch.config.is_non_builtin_to_include = checkpointing  # attention is among what it may keep
+
+
+def keep_compiled():
+    """What torch.compile has made stays until the end: vLLM collects garbage and need not look there."""
+    gc.collect()
+    gc.freeze()
 
 
 def load_weights(path, **how):

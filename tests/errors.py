@@ -94,7 +94,7 @@ def main():
              if not row["y_init_correct"]]
     found = [(row, *error) for row in wrong if (error := label(tokenizer, row["y_init_tokens"]))]
     found or run.fail(f"--responses {args.responses}: {len(wrong)} wrong y_init, no false equation; add more")
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    run.make_out(args.out)
     student, teacher = (kl.load(model, device) for model in (args.model, reader))
     context = min(map(verify.context_length, (args.model, reader)))
     told, errors = ((False, phrases), (True, phrases), (True, [NEUTRAL] * 2)), []
