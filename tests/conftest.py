@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 SHARED = REPO.parent / "shared"
+LONG = "test_survive", "test_scripts", "test_distill", "test_train"  # their tests start scripts
 
 
 def pytest_configure(config):
@@ -35,9 +36,15 @@ def have_vllm():
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, for two processes share them; vLLM's last: it changes transformers' classes."""
-    order = ["test_scripts", "test_survive", "", "test_vllm"]
+    """
+    The longest files first, test by test to whichever process is free, the others as a whole; vLLM's last: it changes transformers'
+    classes.
+    """
+    order = [*LONG, "", "test_vllm"]
     items.sort(key=lambda item: order.index(item.path.stem if item.path.stem in order else ""))
+    for item in items:
+        if item.path.stem not in LONG:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ from verify import PHRASES, load_tokenizer
 GPUS = torch.cuda.device_count()
 NO_GPU = "no GPU, or it is hidden: `pytest tests/test_gpu.py` alone sees it"
 on_gpu = pytest.mark.skipif(not GPUS, reason=NO_GPU)
+two_gpus = pytest.mark.skipif(GPUS < 2, reason="fewer than two GPUs")
 HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}  # for a reference on the CPU
 
 # ----------------------------------------------------------------------------------------------------- models
@@ -484,7 +485,7 @@ def test_step_against_float32(script, steps, inputs):
     must_see(check_step, steps[script, "planted"], want, start, FROM_REFERENCE)
 
 
-@pytest.mark.skipif(GPUS < 2, reason="fewer than two GPUs")
+@two_gpus
 @pytest.mark.parametrize("script", HOW)
 def test_step_of_two_ranks(script, steps, inputs, tmp_path):
     model, _, data = inputs[script]
@@ -632,13 +633,15 @@ def test_sync_sleep_and_cycles(tie, tmp_path):
 
 
 @on_vllm
-def test_distill_with_vllm(steps, inputs, tmp_path):
+@pytest.mark.parametrize("nproc", [0, pytest.param(2, marks=two_gpus)])
+def test_distill_with_vllm(nproc, steps, inputs, tmp_path):
     """
-    What the README's command does on a GPU: vLLM samples, asleep while the student trains. It recites as
+    What the README's command does on GPUs: vLLM samples, asleep while the student trains. It recites as
     transformers does.
     """
     model, _, data = inputs["distill.py"]
-    got = one_step("distill.py", tmp_path / "out", model, data, ["--engine", "vllm", "--vllm_memory", 0.1])
+    how = ["--engine", "vllm", "--vllm_memory", 0.1]
+    got = one_step("distill.py", tmp_path / "out", model, data, how, nproc=nproc)
     check_step(got, steps["distill.py", "reference"], load_file(f"{model}/model.safetensors"), FROM_REFERENCE)
     within("gap of sampler and trainer", got.row["sync_gap"], 0.03)
 

@@ -92,7 +92,7 @@ def test_closing_leaves_no_worker():
     with verify.Judge(workers=2) as judge:
         judge([math("5")] * 20, ["\\boxed{5}"] * 20)
         workers = list(judge.workers.idle)
-        assert len(workers) == 2
+        assert workers
     assert all(worker.poll() is not None for worker in workers)
 
 
