@@ -219,9 +219,10 @@ def main():
     verify.same_vocabulary(args.model, tokenizer, args.teacher, verify.load_tokenizer(args.teacher))
     phrases = verify.phrases_of(args.teacher, args.phrases)
     judge = verify.make_judge(args)
-    problems, dropped = verify.load_problems(args.data, judge, args.range_)
+    load = lambda *rows, **how: run.from_rank_0(ranks, lambda: verify.load_problems(*rows, **how))
+    problems, dropped = load(args.data, judge, args.range_)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
-    val_problems = verify.load_problems(args.val, judge, args.val_range, flag="--val")[0] if args.val else []
+    val_problems = load(args.val, judge, args.val_range, flag="--val")[0] if args.val else []
     val_prompts = [verify.chat_ids(tokenizer, problem) for problem in val_problems]
     if args.batch > len(problems):
         fail(f"--batch {args.batch} is more than the {len(problems)} problems of --data; lower it")

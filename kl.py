@@ -243,7 +243,7 @@ def read_responses(path, most, vocabulary):
 def load(model, device):
     """A model whole on one device, to read with: bf16 on a GPU, fp32 on a CPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return load_weights(model, dtype=dtype).to(device).eval()
+    return load_weights(model, dtype=dtype).to(device).eval().requires_grad_(False)
 
 
 def read(model, before, y):

@@ -73,8 +73,11 @@ def read_rows(out):
 
 def merge(out, problems):
     """Makes one responses.jsonl of all ranks' files, in the order of the problems, and returns its rows."""
-    order = {problem.id: i for i, problem in enumerate(problems)}
-    rows = [row for row in read_rows(out).values() if row["id"] in order]
+    order, rows = {problem.id: i for i, problem in enumerate(problems)}, list(read_rows(out).values())
+    if lost := {row["id"] for row in rows} - {*order}:
+        fail(f"--out {out} has responses to {len(lost)} problems, {min(lost)!r} is one, that --data does not "
+             "give now: rows have changed, or gold answers took longer than --judge_seconds; mend the data, "
+             "raise that, or give --fresh, which renames the old folder and starts over")
     rows.sort(key=lambda row: (order[row["id"]], *row_key(row)[1:]))
     if rows:
         write_rows(os.path.join(out, "responses.jsonl"), rows)
@@ -251,7 +254,8 @@ def main():
     tokenizer = verify.load_tokenizer(args.model)
     phrases = verify.phrases_of(args.model, args.phrases)
     judge = verify.make_judge(args)
-    problems, dropped = verify.load_problems(args.data, judge, args.range_, args.max_problems)
+    problems, dropped = run.from_rank_0(
+        ranks, lambda: verify.load_problems(args.data, judge, args.range_, args.max_problems))
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     longest = check_lengths(args.model, prompts, args.max_tokens)
     keeps = args.num_revisions and not args.eval

@@ -21,6 +21,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -285,7 +286,11 @@ class Judge(contextlib.AbstractContextManager):
         return (None, f"gold: {failed}") if failed else value
 
     def verdict(self, problem, response):
-        seconds = float(self.verifier.longest(problem.answer, self.limits))
+        try:
+            seconds = float(self.verifier.longest(problem.answer, self.limits))
+        except Exception:  # it runs here, and is the user's
+            self.workers.tell("longest", traceback.format_exc(limit=-1).strip())
+            return Verdict(False, "crash")
         reason, failed = self.workers.ask("judge", [problem.answer, response, self.limits], seconds)
         return Verdict(reason == "right", failed or reason)
 

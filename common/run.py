@@ -1,7 +1,7 @@
 """
 A run's processes and folder: what every script does before and after its own work.
 
-  processes   launch() -> Ranks; catch_signals(); say(), fail(): what a user reads, one rank's word
+  processes   launch() -> Ranks; from_rank_0(); catch_signals(); say(), fail(): what a user reads
   folder      make_out(); open_out() keeps other runs and other flags out of it; finish(), finished()
   files       write_atomically(); read_object(); read_jsonl(), need(): rows, and an error that names file,
               line and field
@@ -67,6 +67,17 @@ def mendable(error):
     if isinstance(error, (OSError, SafetensorError)) or saving:
         full = " (is the disk full?)" if saving else ""
         return f"{text}; mend this{full}: nothing whole is lost, and the same command goes on"
+
+
+def from_rank_0(ranks, make):
+    """What make() returns on rank 0, on every rank: where limits of time decide, each could find another."""
+    import torch
+    import torch.distributed as dist
+    if ranks.world == 1:
+        return make()
+    made = [None if ranks.rank else make()]
+    dist.broadcast_object_list(made, device=torch.device("cpu"))
+    return made[0]
 
 
 def catch_signals():

@@ -142,6 +142,13 @@ def test_lists_of_lines_are_joined():
     assert code.gold({"tests": [{"input": [1, "2"], "output": ["a", "b"]}]})[0]["cases"] == [["1\n2", "a\nb"]]
 
 
+def test_official_tests_that_cannot_be_read_drop_the_problem():
+    """Examples alone would call wrong programs right; examples that are prose do no harm."""
+    unread = {"official_tests": "[1, 2", "examples": PAIRS}
+    assert code.gold(unread) == (None, "field 'official_tests' gives no test")
+    assert code.gold({"official_tests": PAIRS, "examples": "see above"})[0]["cases"] == CASES
+
+
 NONE = "field 'tests' gives no test"
 
 

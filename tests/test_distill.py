@@ -1,12 +1,15 @@
 """distill.py: weights of rows, what is measured beside the loss, steps without rows, runs that get worse."""
 import json
+import shutil
 from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import read, run, write_problems
+from test_kl import reference
 from test_train import sampled_rows, step_of
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import distill
@@ -173,6 +176,43 @@ def test_a_step_without_rows_makes_no_update(qwen, tmp_path):
     assert [row["cut"] for row in rows] == [1, 1] and "cut 100.0%" in said
     a, b = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (qwen, tmp_path / "out/final"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_context_bounds_what_the_teacher_reads(qwen, tmp_path):
+    """A teacher of 70 tokens reads two copies of y that are cut to fit; a moving one is saved, in fp32 also where bf16 trains."""
+    shutil.copytree(qwen, tmp_path / "short")
+    config = json.loads((tmp_path / "short/config.json").read_text())
+    (tmp_path / "short/config.json").write_text(json.dumps({**config, "max_position_embeddings": 70}))
+    run("distill.py", "--model", tmp_path / "short", "--data", write_problems(tmp_path / "data.jsonl", 8), "--out", tmp_path / "out",
+        "--steps", 1, "--batch", 8, "--lr", "1e-5", "--warmup", 0, "--max_tokens", 30, "--engine", "hf", "--dtype", "bfloat16",
+        "--sync_every", 1, "--max_sync_gap", 1)
+    row, = read(tmp_path / "out/metrics.jsonl")
+    assert 0 < row["tokens"] < 8 * row["response_len"]
+    dcp_to_torch_save(tmp_path / "out/state/step-000001", tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt")
+    moved = [name for name in state if f"{name}.exp_avg" in state]
+    assert moved and all(state[name].dtype == torch.float32 and torch.equal(state[name], state[f"teacher.{name}"]) for name in moved)
+
+
+def test_crashes_of_the_judge_are_counted(qwen, tmp_path):
+    (tmp_path / "own.py").write_text("INSTRUCTION = ''\ndef gold(row): return 1, None\ndef judge(*_): return 1 / 0\n")
+    run("distill.py", "--model", qwen, "--data", write_problems(tmp_path / "data.jsonl", 6), "--out", tmp_path / "out", "--steps", 1,
+        "--batch", 4, "--max_tokens", 4, "--engine", "hf", "--mode", tmp_path / "own.py")
+    row, = read(tmp_path / "out/metrics.jsonl")
+    assert row["reward"] == 0 and row["judge_failed"] == 1
+
+
+@pytest.mark.parametrize("kind, topk", [("forward", 0), ("mixed", 8)])
+def test_kind_and_topk_reach_the_loss(kind, topk, ranks, qwen, problems_file):
+    rows = sampled_rows(verify.load_tokenizer(qwen), "qwen", problems_file)[:4]
+    student, teacher = (training.load_model(qwen, ranks, training.make_mesh(ranks), torch.float32, trainable=trainable)
+                        for trainable in (True, False))
+    args = SimpleNamespace(micro_tokens=300, kl=kind, topk=topk)
+    mine = [*rows, distill.DUMMY]
+    states = distill.teacher_states(teacher, mine, 300, ranks.device)
+    got = distill.student_pass(student, mine, states, distill.whole_head(teacher, torch.float32), 1.0, args, ranks)["loss"]
+    want = sum(reference(s, t, kind, topk).sum() for s, t in plain_scores(qwen, rows)[1])
+    assert got == pytest.approx(want.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["math", "code"])

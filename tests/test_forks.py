@@ -80,7 +80,8 @@ def fork(guesser, tmp_path_factory):
         for nproc in (1, 2):
             args = ["--model", guesser, "--data", data / "problems.jsonl", "--mode", data / "own.py",
                     "--out", folder / f"out{nproc}", *TRAIN, *FLAGS.get(name, [])]
-            run = Forked(forked.distill.main, args, nproc, folder / "log")
+            run = Forked(forked.distill.main, args, nproc, folder / "log",
+                         patch=lambda rank: sys.modules.update(verify=forked.verify))  # for pickle
             assert run.wait(120), (folder / "log.err").read_text()[-3000:]
         outs = [folder / "out1", folder / "out2"]
         return SimpleNamespace(**vars(forked), outs=outs, alone=read(outs[0] / "metrics.jsonl"),

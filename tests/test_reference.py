@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import distill
+import sft
 import verify
 from common.sampler import HFSampler, request_seed
 
@@ -62,16 +63,44 @@ def test_sft(objective, qwen, d_revision, tmp_path):
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4) and nearly_all_close(model, tmp_path / "final")
 
 
-def test_distill(guesser, ranks, tmp_path):
-    """Two steps of two ranks, warm-up, a teacher that is set to the student in between, and validation before each."""
+def test_sft_in_two_stages(qwen, d_revision, tmp_path):
+    """Each step of two stages of two epochs: a cosine, a learning rate and an optimizer of their own."""
+    run("sft.py", "--model", qwen, "--data", d_revision, "--out", tmp_path, "--objective", "two-stage", "--stage2_size", 11,
+        "--batch", 7, "--epochs", 2, "--lr", "1e-3", "--stage2_lr", "5e-4", "--weight_decay", 0.1, "--seed", 3)
+    tokenizer, model = verify.load_tokenizer(qwen), AutoModelForCausalLM.from_pretrained(qwen)
+    stages = sft.read_examples(str(d_revision), "two-stage", 11, tokenizer, verify.PHRASES["qwen"], 1024, seed=3)[0]
+    rows = iter(read(tmp_path / "metrics.jsonl"))
+    for stage, (lr, (_, examples)) in enumerate(zip((1e-3, 5e-4), stages), 1):
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95))
+        steps = 2 * -(-len(examples) // 7)
+        for number in range(steps):
+            total, tokens, row = 0, 0, next(rows)
+            for example in sft.step_examples(examples, number, 7, f"3/{stage}"):
+                weights, targets = torch.tensor(example.weights[1:]), example.ids[1:]
+                log_p = log_probs(model, example.ids[:1], targets)[torch.arange(len(targets)), targets]
+                total, tokens = total - (log_p * weights).sum(), tokens + int((weights > 0).sum())
+            norm = step(model, optimizer, total / tokens, lr * sft.cosine(number, steps))
+            assert row["stage"] == stage and row["lr"] == pytest.approx(lr * sft.cosine(number, steps))
+            assert row["loss"] == pytest.approx((total / tokens).item(), rel=1e-3)
+            assert row["grad_norm"] == pytest.approx(norm, rel=1e-2)
+    assert next(rows, None) is None
+
+
+@pytest.mark.parametrize("sync_every, nproc", [(2, 2), (0, 0)])
+def test_distill(sync_every, nproc, guesser, qwen, ranks, tmp_path):
+    """
+    Three steps: warm-up, a teacher of its own, which stays or after the second step is set to the student, validation before each
+    step and at the end.
+    """
     for name, n in (("train", 10), ("val", 4)):
         (tmp_path / f"{name}.jsonl").write_text("".join(
             json.dumps({"id": f"{name}{i}", "problem": f"{i}+{n}=?", "answer": "3"}) + "\n" for i in range(n)))
-    run("distill.py", "--model", guesser, "--data", tmp_path / "train.jsonl", "--out", tmp_path / "out", "--batch", 8,
-        "--steps", 2, "--warmup", 2, "--lr", "2e-3", "--weight_decay", 0.1, "--sync_every", 1, "--max_tokens", 24, "--engine", "hf",
-        "--val", tmp_path / "val.jsonl", "--val_every", 1, "--val_samples", 5, "--seed", 3, "--max_sync_gap", 0.01, nproc=2)
+    run("distill.py", "--model", guesser, "--teacher", qwen, "--data", tmp_path / "train.jsonl", "--out", tmp_path / "out",
+        "--batch", 8, "--steps", 3, "--warmup", 2, "--lr", "2e-3", "--weight_decay", 0.1, "--sync_every", sync_every, "--max_tokens", 24,
+        "--engine", "hf", "--val", tmp_path / "val.jsonl", "--val_every", 1, "--val_samples", 5, "--seed", 3, "--max_sync_gap", 0.01,
+        nproc=nproc)
     tokenizer = verify.load_tokenizer(guesser)
-    student, teacher = (AutoModelForCausalLM.from_pretrained(guesser) for _ in range(2))
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (guesser, qwen))
     sampler = HFSampler(guesser, tokenizer, 1024, ranks.device, torch.float32)
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.1, betas=(0.9, 0.999))
     with verify.Judge(workers=1) as judge:
@@ -84,12 +113,15 @@ def test_distill(guesser, ranks, tmp_path):
         ys = [s.ids for s in sampler.generate(prompts, seeds, max_tokens=24)]
         return [(x, y, verify.load_verifier("math").last_boxed(tokenizer.decode(y)) == "3") for x, y in zip(prompts, ys)]
 
-    rows, seen = read(tmp_path / "out/metrics.jsonl"), set()
-    assert len(rows) == 2
-    for number, row in enumerate(rows):
+    def val_accuracy():
         tries = [(p, k) for p in val for k in range(5)]
         tried = sample([p for p, _ in tries], [request_seed(3, "val", p.id, k) for p, k in tries])
-        assert row["val_accuracy"] == pytest.approx(sum(ok for *_, ok in tried) / 20)
+        return pytest.approx(sum(ok for *_, ok in tried) / 20)
+
+    rows, seen = read(tmp_path / "out/metrics.jsonl"), set()
+    assert len(rows) == 3
+    for number, row in enumerate(rows):
+        assert row["val_accuracy"] == val_accuracy()
         chosen = [train[i] for i in distill.step_problems(number, 8, 10, 3)]
         sampled = sample(chosen, [request_seed(3, number, place, p.id) for place, p in enumerate(chosen)])
         total, tokens = 0, sum(len(y) for _, y, _ in sampled)
@@ -98,11 +130,13 @@ def test_distill(guesser, ranks, tmp_path):
             told = tokenizer.encode(RIGHT if ok else WRONG, add_special_tokens=False)
             s, t = log_probs(student, x, y), log_probs(teacher, x + body + told, y).detach()
             total = total + (s.exp() * (s - t)).sum()
-        lr = 2e-3 * (number + 1) / 2
+        lr = 2e-3 * min(1, (number + 1) / 2)
         norm = step(student, optimizer, total / tokens, lr)
-        teacher.load_state_dict(student.state_dict())
+        if sync_every and number == 1:
+            teacher.load_state_dict(student.state_dict())
         assert row["loss"] == pytest.approx((total / tokens).item(), rel=1e-3) and row["loss"] > 1e-3
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-2) and row["lr"] == pytest.approx(lr)
         assert row["tokens"] == tokens and row["reward"] == pytest.approx(sum(ok for *_, ok in sampled) / 8)
         seen |= {ok for *_, ok in sampled}
     assert seen == {True, False} and nearly_all_close(student, tmp_path / "out/final")
+    assert json.loads((tmp_path / "out/summary.json").read_text())["val_accuracy"] == val_accuracy()

@@ -57,6 +57,8 @@ def test_collect(collected, qwen, problems_file):
     tokenizer = verify.load_tokenizer(qwen)
     inits, revised = kinds(rows)
     init_of = {r["id"]: r for r in inits}
+    first, second = ([r["y_revised_tokens"] for r in revised if r["revision"] == k] for k in (0, 1))
+    assert first != second  # each has a seed of its own
     for r in inits:
         assert tokenizer.decode(r["y_init_tokens"], skip_special_tokens=True) == r["y_init"]
         assert r["truncated"] == (r["y_init_tokens"][-1] not in tokenizer.end_ids) and r["mode"] == "math"
@@ -95,6 +97,9 @@ def test_collection_goes_on(collected, qwen, problems_file, tmp_path):
     collect(out, qwen, problems_file)
     assert read(out / "responses.jsonl") == read(f"{collected}/responses.jsonl")
     assert before <= set(open(out / "responses.jsonl"))
+    asked = [json.loads(line) for line in open(out / "responses.jsonl") if line not in before]
+    tokens = sum(len(row.get("y_init_tokens") or row["y_revised_tokens"]) for row in asked)
+    assert json.load(open(out / "summary.json"))["tokens_per_rank"] == [tokens]
     written = (out / "summary.json").read_text()
     assert "nothing to do" in collect(out, qwen, problems_file).stdout and (out / "summary.json").read_text() == written
     assert read(out / "responses.jsonl") == read(f"{collected}/responses.jsonl")
@@ -112,6 +117,36 @@ def test_rows_that_are_not_whole(change, says, collected, tmp_path):
     (tmp_path / "responses.rank0.jsonl").write_text(json.dumps({**first, **change}) + "\n")
     with pytest.raises(SystemExit, match=f"responses.rank0.jsonl:1: {says}"):
         srt.read_rows(str(tmp_path))
+
+
+def test_a_problem_that_is_gone_loses_no_rows(collected, tmp_path):
+    """--data no longer gives a problem that has been answered: the run ends before it writes anything."""
+    shutil.copytree(collected, tmp_path / "out")
+    written = (tmp_path / "out/responses.jsonl").read_text()
+    with pytest.raises(SystemExit, match="responses to 1 problems, 'p7' is one, that --data does not give now"):
+        srt.merge(str(tmp_path / "out"), [verify.Problem(f"p{i}", "", "", "math") for i in range(40) if i != 7])
+    assert (tmp_path / "out/responses.jsonl").read_text() == written
+
+
+def test_sampling_flags(qwen, problems_file, tmp_path):
+    """Temperature 0 samples what next to no top_p does; a problem's y_init differ else."""
+    found = {}
+    for name, *how in (("free",), ("greedy", "--temperature", 0), ("narrow", "--top_p", "1e-6")):
+        collect(tmp_path / name, qwen, problems_file, "--num_revisions", 0, "--max_problems", 4, "--num_responses", 2, *how)
+        found[name] = [row["y_init_tokens"] for row in read(tmp_path / name / "responses.jsonl")]
+    assert found["greedy"] == found["narrow"] and found["greedy"][::2] == found["greedy"][1::2]
+    assert all(one != other for one, other in zip(found["free"][::2], found["free"][1::2]))
+
+
+def test_no_room_to_revise(qwen, problems_file, tmp_path):
+    """Where x, y_init, P_r fill the context nothing is revised; where they nearly do, the revision is cut."""
+    shutil.copytree(qwen, tmp_path / "short")
+    config = json.loads((tmp_path / "short/config.json").read_text())
+    (tmp_path / "short/config.json").write_text(json.dumps({**config, "max_position_embeddings": 60}))
+    collect(tmp_path / "out", tmp_path / "short", problems_file, "--max_problems", 8)
+    inits, revised = kinds(read(tmp_path / "out/responses.jsonl"))
+    full = {row["id"] for row in inits if row["no_room"]}
+    assert 0 < len(full) and {row["id"] for row in revised} == {row["id"] for row in inits} - full
 
 
 def test_rft_keeps_nothing(qwen, problems_file, tmp_path):
@@ -172,6 +207,7 @@ def test_summary_of_rows_by_hand():
     assert (s["avg@2"], s["pass@2"], s["init_accuracy"]) == (pytest.approx(1 / 2), pytest.approx(2 / 3), 1 / 2)
     assert (s["problems"], s["init_total"], s["init_correct"], s["init_mean_tokens"], s["init_truncated"]) == (3, 6, 3, 1.5, 0.5)
     assert (s["revised_total"], s["revised_correct"], s["revised_mean_tokens"]) == (3, 2, 4)
+    assert s["init_accuracy_95"] == pytest.approx([0.1253, 0.8747], abs=2e-4)  # Wilson of 1/2 over the 3 problems, not over 6
     assert s["init_self_revised"] == 1 / 2 and "init_first_accuracy" not in s  # rows of an earlier version
     for r, ok in zip(inits, (True, False, True, True, False, False)):  # (a, 1) has mended itself, (b, 1) has spoilt it
         r["first_correct"] = ok

@@ -125,6 +125,12 @@ def even_is_right(rank):
     verify.Judge.submit = submit
 
 
+def slow_gold(rank):
+    """A judge that on all ranks but the first finds no gold answer in time."""
+    if rank:
+        verify.Judge.gold = lambda self, row: (None, "gold: timeout")
+
+
 def test_target_whatever_the_ranks(inputs, tmp_path):
     """The same D_revision of --target tuples from one rank, from three, and after a kill; all ranks stop there together."""
     args = [*inputs["srt.py"], "--target", 10, "--out"]
@@ -138,6 +144,13 @@ def test_target_whatever_the_ranks(inputs, tmp_path):
     go("srt.py", [*args, tmp_path / "killed"], tmp_path, patch=even_is_right)
     kept = [read(tmp_path / name / "d_revision.jsonl") for name in ("one", "three", "killed")]
     assert len(kept[0]) == 10 and kept[0] == kept[1] == kept[2]
+
+
+def test_all_ranks_have_the_problems_of_rank_0(inputs, tmp_path):
+    """A gold answer that took too long on rank 1 is no reason to leave its problem out there."""
+    go("srt.py", [*inputs["srt.py"], "--out", tmp_path / "two"], tmp_path, 2, patch=slow_gold)
+    rows = read(tmp_path / "two/responses.jsonl")
+    assert {row["id"] for row in rows} == {row["id"] for row in read(inputs["srt.py"][inputs["srt.py"].index("--data") + 1])}
 
 
 # --------------------------------------------------------------------------------------------------------- flags

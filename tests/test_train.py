@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -351,6 +353,35 @@ def test_state_goes_on_bitwise(ranks, qwen, tmp_path, problems_file, monkeypatch
         assert torch.equal(a.full_tensor(), b.full_tensor())
 
 
+def test_a_state_is_a_copy_and_renamed_when_whole(ranks, tmp_path, monkeypatch):
+    """What is trained on meanwhile does not reach the disk; progress.json is there before the rename."""
+    monkeypatch.setattr("common.run.catch_signals", list)
+    moved, there, live, loaded = threading.Event(), [], torch.ones(4), torch.zeros(4)
+    write, rename = checkpoint.StateWriter.write_data, checkpoint.replace_folder
+
+    def replace(half, place):
+        there.extend(os.listdir(half))
+        rename(half, place)
+
+    monkeypatch.setattr(checkpoint.StateWriter, "write_data", lambda *args: moved.wait(20) and write(*args))
+    monkeypatch.setattr(checkpoint, "replace_folder", replace)
+    saver = checkpoint.Saver(str(tmp_path), 1, ranks.device)
+    saver.save(1, {"a": live}, {"step": 1})
+    live.zero_()
+    moved.set()
+    saver.wait()
+    checkpoint.load_state(str(tmp_path), lambda: {"a": loaded})
+    assert "progress.json" in there and loaded.tolist() == [1.0] * 4
+
+
+def test_a_model_is_renamed_when_whole(ranks, qwen, tmp_path):
+    model = training.load_model(qwen, ranks, training.make_mesh(ranks), torch.float32)
+    broken = SimpleNamespace(save_pretrained=lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        checkpoint.save_model(str(tmp_path / "final"), model, broken, QWEN, torch.float32)
+    assert not (tmp_path / "final").exists()
+
+
 # --------------------------------------------------------------------------------------- sft's plan of steps
 
 # 6 steps and 3
@@ -437,6 +468,10 @@ def test_rft_reads_responses(qwen, d_revision, tmp_path):
     new, old = (sft.read_examples(str(file), "rft", 0, tokenizer, QWEN, 4096, seed=0)
                 for file in (path, d_revision))
     assert new == old and new[1]["rows read"] == len(made)
+    x = verify.chat_ids(tokenizer, verify.Problem.of_row(made[0]))
+    example = sft.make_example(tokenizer, QWEN, made[0], "rft")
+    assert example.ids == x + made[0]["y_init_tokens"]
+    assert example.weights == [0] * len(x) + [1] * len(made[0]["y_init_tokens"])
     with pytest.raises(SystemExit, match="d_revision"):
         sft.read_examples(str(path), "two-stage", 10, tokenizer, QWEN, 4096, seed=0)
 

@@ -118,7 +118,7 @@ class Workers:
 
     def __init__(self, mode, memory):
         self.mode, self.memory = mode, memory
-        self.shown = set()  # of which function a traceback, or an end without one, has been shown
+        self.shown = set()  # by tell
         self.idle = deque([self.start()])
 
     def ask(self, function, arguments, seconds):
@@ -140,13 +140,18 @@ class Workers:
         reply = json.loads(line or "{}")
         if "value" in reply:
             return reply["value"], None
-        if line is not None and (function, bool(reply)) not in self.shown:
-            self.shown.add((function, bool(reply)))
-            effect = {"gold": "drops the row", "judge": "counts as wrong"}[function]
-            how = reply.get("crash", "its process ended without a word: out of memory?")
+        if line is not None:
+            self.tell(function, reply.get("crash"))
+        return None, "timeout" if line is None else "crash"
+
+    def tell(self, function, crash):
+        """Shows the first traceback of a function of the verifier, and the first end without one (None)."""
+        if (function, bool(crash)) not in self.shown:
+            self.shown.add((function, bool(crash)))
+            effect = "drops the row" if function == "gold" else "counts as wrong"
+            how = crash or "its process ended without a word: out of memory?"
             print(f"--mode {self.mode}: `{function}` crashed, which {effect}; the first time:\n{how}",
                   file=sys.stderr, flush=True)
-        return None, "timeout" if line is None else "crash"
 
     def start(self):
         """A new worker, its imports made, in a session of its own: Ctrl-C does not reach it."""
