@@ -25,7 +25,6 @@ import random
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 import verify
 from common import checkpoint, run, training
@@ -233,7 +232,7 @@ def main():
     max_teacher_len = min(args.max_teacher_len, verify.context_length(args.teacher))
     if run.open_out(args, ranks, FREE, "final", steps=args.steps):
         judge.close()
-        return dist.destroy_process_group()
+        return run.leave()
     training.settle_flags(args, ranks.device)
 
     mesh = training.make_mesh(ranks)

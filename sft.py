@@ -234,7 +234,7 @@ def main():
         run.say(f"warning: {counts['wrong -> right']} tuples after a wrong y_init are few; 1,548 of a 1.5B "
                 "model did not do either, its teacher copied (docs/real.md): collect more, with a better one")
     if run.open_out(args, ranks, FREE, "final"):
-        return dist.destroy_process_group()
+        return run.leave()
     training.settle_flags(args, ranks.device)
     model = training.load_model(args.model, ranks, training.make_mesh(ranks), args.dtype,
                                 checkpointing=args.checkpointing, compile=args.compile)
@@ -283,7 +283,7 @@ def main():
                     "or give --objective sum (docs/real.md)")
         if saver.after_step(number + 1, tensors, {"step": number + 1}, last):
             metrics.close()
-            return dist.destroy_process_group()
+            return run.leave()
 
     saver.wait()
     checkpoint.save_model(os.path.join(args.out, "final"), model, tokenizer, phrases, args.dtype)
@@ -291,7 +291,7 @@ def main():
                              "steps": len(plan)})
     run.say(f"saved {args.out}/final")
     metrics.close()
-    dist.destroy_process_group()
+    run.leave()
 
 
 if __name__ == "__main__":

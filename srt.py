@@ -261,7 +261,7 @@ def main():
     keeps = args.num_revisions and not args.eval
     if run.open_out(args, ranks, FREE, "responses.jsonl", **({"target": args.target} if keeps else {})):
         judge.close()
-        return dist.destroy_process_group()
+        return run.leave()
     dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     p_r = max(len(verify.control_ids(tokenizer, correct, phrases)) for correct in (False, True))
     max_len = longest + args.max_tokens + (p_r + args.max_tokens if args.num_revisions else 0)

@@ -55,8 +55,8 @@ def load_rows(data, flag="--data"):
     if end == ".jsonl":
         yield from ((f"{data}:{line}", row) for line, row in read_jsonl(data))
         return
-    if not data or (os.path.exists(data) and end not in (".json", ".parquet")):
-        fail(f"{flag} {data} is not a .jsonl, .json or .parquet file")
+    if data[:1] in ("", ":", "@") or (os.path.exists(data) and end not in (".json", ".parquet")):
+        fail(f"{flag} {data} is not a .jsonl, .json or .parquet file, nor a hub name")
     try:
         if end == ".json":
             with open(data, encoding="utf-8") as f:

@@ -1,7 +1,7 @@
 """
 A run's processes and folder: what every script does before and after its own work.
 
-  processes   launch() -> Ranks; from_rank_0(); catch_signals(); say(), fail(): what a user reads
+  processes   launch() -> Ranks; from_rank_0(); leave(); catch_signals(); say(), fail(): what a user reads
   folder      make_out(); open_out() keeps other runs and other flags out of it; finish(), finished()
   files       write_atomically(); read_object(); read_jsonl(), need(): rows, and an error that names file,
               line and field
@@ -78,6 +78,13 @@ def from_rank_0(ranks, make):
     made = [None if ranks.rank else make()]
     dist.broadcast_object_list(made, device=torch.device("cpu"))
     return made[0]
+
+
+def leave():
+    """Ends the process group, all ranks at once: gloo's threads abort a process that goes in their midst."""
+    import torch.distributed as dist
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def catch_signals():

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.attention.varlen as varlen
 from conftest import REPO, make_rows, read, run
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -20,7 +19,7 @@ import sft
 import verify
 from common import checkpoint, training
 from common.metrics import sum_over_ranks
-from common.run import launch
+from common.run import launch, leave
 from common.sampler import Sample
 
 
@@ -254,7 +253,7 @@ def two_process_worker(qwen, problems_file, out):
               for name, split in SPLITS.items() for budget in (150,)}
     if ranks.rank == 0:
         torch.save(result, out)
-    dist.destroy_process_group()
+    leave()
 
 
 def test_processes_do_not_change_the_step(ranks, qwen, problems_file, tmp_path):

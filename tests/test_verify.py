@@ -384,6 +384,12 @@ def test_a_bad_file_gives_one_clear_line(judge, tmp_path, name, content, says):
     assert says in str(e.value) and name in str(e.value) and "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("data", ["", "@train", ":main"])
+def test_a_hub_name_without_a_name(judge, data):
+    with pytest.raises(SystemExit, match=f"--data {data} is not a .jsonl, .json or .parquet file, nor a hub name"):
+        verify.load_problems(data, judge)
+
+
 def test_a_damaged_page_of_parquet_gives_one_clear_line(judge, tmp_path):
     """What is read only as the rows are."""
     import pyarrow.parquet
