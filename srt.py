@@ -262,6 +262,9 @@ def main():
     if run.open_out(args, ranks, FREE, "responses.jsonl", **({"target": args.target} if keeps else {})):
         judge.close()
         return run.leave()
+    if ranks.rank == 0:  # a killed run may have left half a line
+        merge(args.out, problems)
+
     dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     p_r = max(len(verify.control_ids(tokenizer, correct, phrases)) for correct in (False, True))
     max_len = longest + args.max_tokens + (p_r + args.max_tokens if args.num_revisions else 0)
@@ -269,9 +272,7 @@ def main():
     run.say(f"{len(problems)} problems ({sum(dropped.values())} dropped), {ranks.world} rank(s) on "
             f"{ranks.device.type}, {type(sampler).__name__} {dtype}, P_r {'|'.join(phrases)}")
 
-    if ranks.rank == 0:  # a killed run may have left half a line
-        merge(args.out, problems)
-    dist.barrier()
+    dist.barrier()  # the first engine that is up would take what the others could do
     done = read_rows(args.out)  # what an earlier run of the same command has finished
     file = open(os.path.join(args.out, f"responses.rank{ranks.rank}.jsonl"), "a")
     progress = Progress(ranks, len(problems), args.target if keeps else None)

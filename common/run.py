@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -54,13 +55,18 @@ def launch():
 
 
 def mendable(error):
-    """A line on an uncaught error that a user can mend (full disk, broken file, out of memory), else None."""
+    """
+    A line on an uncaught error that a user can mend (full disk, broken file, out of memory), or that another
+    rank has made; else None.
+    """
     import torch
     from safetensors import SafetensorError
     from torch.distributed.checkpoint.api import CheckpointException
     if isinstance(error, CheckpointException):  # what broke it, on whichever rank
         error = next(iter(error.failures.values()))[0]
     text = str(error).partition("\n")[0]
+    if re.search("Connection (closed|reset) by peer|Broken pipe", text) and "gloo" in text:
+        return f"rank {os.environ.get('RANK')} has lost another rank, whose own error says why"
     if isinstance(error, torch.OutOfMemoryError):
         return f"{text}; lower --micro_tokens (training) or --vllm_memory (sampling), and start it again"
     saving = "inline_container.cc" in text  # of torch.save, which does not say why
