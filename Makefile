@@ -34,7 +34,7 @@ setup: .venv/.done-$(STACK)
 
 test: setup
 	$(PY) -m ruff check .
-	$(PY) -m pytest -q --disable-warnings -rs -n $(JOBS) --dist loadgroup --no-loadscope-reorder --durations 15 tests
+	$(PY) -m pytest -q --disable-warnings -rs -n $(JOBS) --dist loadscope --no-loadscope-reorder --durations 15 tests
 	$(if $(GPU),$(PY) -m pytest -q --disable-warnings -rs --durations 15 tests/test_gpu.py)
 
 bench: setup

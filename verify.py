@@ -107,7 +107,6 @@ def load_problems(data, judge, range_=None, max_problems=None, flag="--data"):
     before it, is dropped, so that phases given disjoint ranges see disjoint questions. flag: what named them.
     Ends the program if nothing is left, if two problems have one id, and on rows without a problem.
     """
-    judge.verifier.check(judge.limits)
     match = re.fullmatch(r"(\d*):(\d*)", range_ or ":")
     if not match:
         fail(f"{range_of(flag)} {range_}: A:B is wanted, two row numbers such as 0:10000")
@@ -276,8 +275,10 @@ class Judge(contextlib.AbstractContextManager):
             say(f"--unsafe_no_sandbox: {UNSAFE}")
         cores = len(os.sched_getaffinity(0))
         workers = workers or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.mode, self.verifier, self.workers = mode, load_verifier(mode), Workers(mode, memory)
+        self.mode, self.verifier = mode, load_verifier(mode)
         self.limits = {"seconds": limit, "memory": 1.0, "sandbox": sandbox}
+        self.verifier.check(self.limits)
+        self.workers = Workers(mode, memory)
         self.pool = ThreadPoolExecutor(workers)  # each of its threads takes an idle worker, or starts one
 
     def gold(self, row):
@@ -288,6 +289,8 @@ class Judge(contextlib.AbstractContextManager):
     def verdict(self, problem, response):
         try:
             seconds = float(self.verifier.longest(problem.answer, self.limits))
+            if not 0 < seconds < 1e6:
+                raise ValueError(f"{seconds} is no number of seconds to wait")
         except Exception:  # it runs here, and is the user's
             self.workers.tell("longest", traceback.format_exc(limit=-1).strip())
             return Verdict(False, "crash")

@@ -76,7 +76,10 @@ def mendable(error):
 
 
 def from_rank_0(ranks, make):
-    """What make() returns on rank 0, on every rank: where limits of time decide, each could find another."""
+    """
+    What make() returns on rank 0, on every rank: where limits of time decide, each could find another. The
+    others wait for it, no longer than torch lets them (30 minutes).
+    """
     import torch
     import torch.distributed as dist
     if ranks.world == 1:
@@ -117,7 +120,6 @@ def open_out(args, ranks, free, product, **wanted):
     of names). One that an older flags.json lacked had its default. True, and says so, if that run has ended
     (`finished`): nothing is to be done then, and its flags stay.
     """
-    import torch.distributed as dist
     defaults = vars(args).pop("defaults")
     if ranks.rank == 0:
         make_out(args.out)
@@ -146,8 +148,7 @@ def open_out(args, ranks, free, product, **wanted):
             print(f"flags changed since this run began: {text}", flush=True)
         if not finished(args.out, product, **wanted):
             write_atomically(path, json.dumps(flags, indent=1) + "\n")
-    dist.barrier()
-    ended = finished(args.out, product, **wanted)
+    ended = from_rank_0(ranks, lambda: finished(args.out, product, **wanted))
     if ended:
         say(f"{os.path.join(args.out, product)} is there already: nothing to do (--fresh starts over)")
     return ended

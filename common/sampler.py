@@ -263,6 +263,7 @@ def serve(coroutines, waiting, judging, stopped, sampler, **how):
         while not everything.done() and not stopped():
             for sample in sampler.stream(pull, **how):
                 sample.request.key.set_result(sample)
+                runner.run(asyncio.sleep(0))  # it is judged now, also where no new prompt is asked for
                 tokens += len(sample.ids)
                 if everything.done() or stopped():
                     break  # what is half-sampled is asked for again, with the same seeds

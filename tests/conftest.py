@@ -36,15 +36,22 @@ def have_vllm():
 
 
 def pytest_collection_modifyitems(items):
-    """
-    The longest files first, test by test to whichever process is free, the others as a whole; vLLM's last: it changes transformers'
-    classes.
-    """
+    """The longest files first, for processes share them; vLLM's last: it changes transformers' classes."""
     order = [*LONG, "", "test_vllm"]
     items.sort(key=lambda item: order.index(item.path.stem if item.path.stem in order else ""))
-    for item in items:
-        if item.path.stem not in LONG:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A process gets one test of a long file at a time, any other file as a whole."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return nodeid if Path(file).stem in LONG else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="module")

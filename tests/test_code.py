@@ -146,6 +146,8 @@ def test_official_tests_that_cannot_be_read_drop_the_problem():
     """Examples alone would call wrong programs right; examples that are prose do no harm."""
     unread = {"official_tests": "[1, 2", "examples": PAIRS}
     assert code.gold(unread) == (None, "field 'official_tests' gives no test")
+    cut = {"official_tests": [{"input": "1 2 ...", "output": "3"}], "examples": PAIRS}
+    assert code.gold(cut) == (None, "field 'official_tests' gives no test")
     assert code.gold({"official_tests": PAIRS, "examples": "see above"})[0]["cases"] == CASES
 
 

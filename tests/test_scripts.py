@@ -146,7 +146,8 @@ def test_no_room_to_revise(qwen, problems_file, tmp_path):
     collect(tmp_path / "out", tmp_path / "short", problems_file, "--max_problems", 8)
     inits, revised = kinds(read(tmp_path / "out/responses.jsonl"))
     full = {row["id"] for row in inits if row["no_room"]}
-    assert 0 < len(full) and {row["id"] for row in revised} == {row["id"] for row in inits} - full
+    assert 0 < len(full) < 8 and {row["id"] for row in revised} == {row["id"] for row in inits} - full
+    assert any(row["revised_truncated"] and len(row["y_revised_tokens"]) < 40 for row in revised)
 
 
 def test_rft_keeps_nothing(qwen, problems_file, tmp_path):
@@ -358,6 +359,14 @@ def test_own_reward(guesser, problems_file, tmp_path):
     assert verify.chat_ids(tokenizer, problem) == x and "nothing to do" in run("srt.py", *args).stdout
     (tmp_path / "odd.py").write_text(OWN_REWARD.replace("number == 3", "number == 5"))
     assert "the verifier's source" in run("srt.py", *args, ok=False).stderr
+
+
+def test_every_rank_checks_its_machine(qwen, problems_file, tmp_path):
+    """What is missing on the machine of rank 1 alone ends the run."""
+    (tmp_path / "own.py").write_text("import os\nINSTRUCTION = ''\ndef gold(row):\n    return '5', None\ndef judge(*_):\n    return 'right'\n"
+                                     "def check(limits):\n    if os.environ.get('RANK') == '1':\n        raise SystemExit('error: no tool')\n")
+    done = collect(tmp_path / "out", qwen, problems_file, "--mode", tmp_path / "own.py", nproc=2, ok=False)
+    assert "error: no tool" in done.stderr
 
 
 # -------------------------------------------------------------------------------------------------------- sft.py

@@ -183,14 +183,16 @@ def test_a_careless_verifier(tmp_path, capfd):
     assert "no key given" in capfd.readouterr().err
 
 
-def test_a_limit_that_cannot_be_told(tmp_path, capfd):
-    """`longest` raises: the verdict is a crash, shown once, and the run goes on."""
+@pytest.mark.parametrize("value, says", [("{'5': 1.0}[gold + '0']", "KeyError: '50'"), ("float('inf')", "inf is no number of seconds"),
+                                         ("-1", "-1.0 is no number"), ("None", "TypeError")])
+def test_a_limit_that_cannot_be_told(value, says, tmp_path, capfd):
+    """`longest` raises, or gives no number: the verdict is a crash, shown once, and the run goes on."""
     (tmp_path / "unsure.py").write_text("INSTRUCTION = ''\ndef gold(row):\n    return '5', None\ndef judge(*_):\n    return 'right'\n"
-                                        "def longest(gold, limits):\n    return {'5': 1.0}[gold + '0']\n")
+                                        f"def longest(gold, limits):\n    return {value}\n")
     with verify.Judge(str(tmp_path / "unsure.py"), workers=1) as judge:
         assert judge([math("5")] * 3, ["y"] * 3) == [verify.Verdict(False, "crash")] * 3
     said = capfd.readouterr().err
-    assert said.count("`longest` crashed, which counts as wrong") == 1 and said.count("KeyError: '50'") == 1
+    assert said.count("`longest` crashed, which counts as wrong") == 1 and said.count(says) == 1
 
 
 def test_what_a_verifier_raises_is_shown(tmp_path, capfd):

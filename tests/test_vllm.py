@@ -56,6 +56,36 @@ def sampler_of(engine, folder, ranks):
     return engines[engine, folder]
 
 
+class Engine:
+    """In place of vLLM's: request n has n % 7 + 1 tokens; `asked`: how many were in flight as each came."""
+
+    def __init__(self):
+        self.left, self.asked = {}, []
+
+    def add_request(self, name, prompt, params):
+        self.asked.append(len(self.left))
+        self.left[name] = int(name) % 7 + 1
+
+    def step(self):
+        y = types.SimpleNamespace(token_ids=[5], logprobs=None, finish_reason="stop")
+        self.left = {name: n - 1 for name, n in self.left.items()}
+        done = [name for name, n in self.left.items() if not n]
+        self.left = {name: n for name, n in self.left.items() if n}
+        return [types.SimpleNamespace(finished=True, request_id=name, outputs=[y]) for name in done]
+
+
+@NEEDS_VLLM
+@pytest.mark.parametrize("most, first", [(32, 30), (4, 3), (1, 0)])
+def test_prompts_come_several_at_once(most, first):
+    """No prompt while more than 15 of 16 places are taken, then as many as there is room for; all are answered."""
+    sampler, engine = VLLMSampler.__new__(VLLMSampler), Engine()
+    sampler.llm, sampler.max_seqs, sampler.max_len, sampler.end_ids = types.SimpleNamespace(llm_engine=engine), most, 100, [5]
+    samples = sampler.generate([[1, 2]] * 200, range(200), max_tokens=9, logprobs=False)
+    assert [sample.request.key for sample in samples] == list(range(200))
+    begins = [now for before, now in zip([-2, *engine.asked], engine.asked) if now != before + 1]  # of each group
+    assert begins[0] == 0 and max(begins) <= first and max(engine.asked) == most - 1
+
+
 def prompts_of(folder, n=12):
     tokenizer = verify.load_tokenizer(folder)
     rng = np.random.default_rng(0)
