@@ -43,13 +43,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A process gets one test of a long file at a time, any other file as a whole."""
+    """A process gets one test of a long file at a time, any other file as a whole, and both of those with a sandbox."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            file = nodeid.split("::")[0]
-            return nodeid if Path(file).stem in LONG else file
+            name = Path(nodeid.split("::")[0]).stem
+            return nodeid if name in LONG else name.removesuffix("_pipeline")
 
     return ByFile(config, log)
 
