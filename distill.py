@@ -218,7 +218,7 @@ def main():
     verify.same_vocabulary(args.model, tokenizer, args.teacher, verify.load_tokenizer(args.teacher))
     phrases = verify.phrases_of(args.teacher, args.phrases)
     judge = verify.make_judge(args)
-    load = lambda *rows, **how: run.from_rank_0(ranks, lambda: verify.load_problems(*rows, **how))
+    load = functools.partial(run.from_rank_0, ranks, verify.load_problems)
     problems, dropped = load(args.data, judge, args.range_)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     val_problems = load(args.val, judge, args.val_range, flag="--val")[0] if args.val else []

@@ -255,7 +255,7 @@ def main():
     phrases = verify.phrases_of(args.model, args.phrases)
     judge = verify.make_judge(args)
     problems, dropped = run.from_rank_0(
-        ranks, lambda: verify.load_problems(args.data, judge, args.range_, args.max_problems))
+        ranks, verify.load_problems, args.data, judge, args.range_, args.max_problems)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     longest = check_lengths(args.model, prompts, args.max_tokens)
     keeps = args.num_revisions and not args.eval

@@ -75,16 +75,16 @@ def mendable(error):
         return f"{text}; mend this{full}: nothing whole is lost, and the same command goes on"
 
 
-def from_rank_0(ranks, make):
+def from_rank_0(ranks, make, *args, **how):
     """
-    What make() returns on rank 0, on every rank: where limits of time decide, each could find another. The
-    others wait for it, no longer than torch lets them (30 minutes).
+    What make(*args, **how) returns on rank 0, on every rank: where limits of time decide, each could find
+    another. The others wait for it, no longer than torch lets them (30 minutes).
     """
     import torch
     import torch.distributed as dist
     if ranks.world == 1:
-        return make()
-    made = [None if ranks.rank else make()]
+        return make(*args, **how)
+    made = [None if ranks.rank else make(*args, **how)]
     dist.broadcast_object_list(made, device=torch.device("cpu"))
     return made[0]
 
@@ -146,9 +146,10 @@ def open_out(args, ranks, free, product, **wanted):
                  "--fresh, which renames the old folder and starts over")
         if changed:
             print(f"flags changed since this run began: {text}", flush=True)
-        if not finished(args.out, product, **wanted):
+        ended = finished(args.out, product, **wanted)
+        if not ended:
             write_atomically(path, json.dumps(flags, indent=1) + "\n")
-    ended = from_rank_0(ranks, lambda: finished(args.out, product, **wanted))
+    ended = from_rank_0(ranks, lambda: ended)
     if ended:
         say(f"{os.path.join(args.out, product)} is there already: nothing to do (--fresh starts over)")
     return ended
