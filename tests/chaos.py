@@ -36,6 +36,11 @@ from common.sampler import HFSampler
 SCRIPTS = {"verify.py": verify, "srt.py": srt, "sft.py": sft, "kl.py": kl, "distill.py": distill}
 HFSampler.__init__.__defaults__ = (4,)  # small batches, so that rows come in one after another as with vLLM
 
+# A process's first backward pass starts threads for the devices there are, and its forks can make no pass then. Here are none; once
+# torch.compile or FSDP has run, torch's CUDA build counts some even where no GPU can be seen.
+if not torch.cuda.is_available():
+    torch.ones((), requires_grad=True).backward()
+
 
 def free_port():
     with socket.socket() as s:

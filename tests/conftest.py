@@ -27,6 +27,14 @@ def pytest_configure(config):
     """
     if {Path(arg.split("::")[0]).name for arg in config.args} != {"test_gpu.py"}:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, two_cores(int(os.environ["PYTEST_XDIST_WORKER"][2:]), os.sched_getaffinity(0)))
+
+
+def two_cores(worker, cores):
+    """Those of a process of tests, of those that the machine has: each script that it starts takes a judge's worker per core."""
+    cores = sorted(cores)
+    return {cores[i % len(cores)] for i in (2 * worker, 2 * worker + 1)}
 
 
 def have_vllm():

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 import verify  # noqa: E402
 from common import run  # noqa: E402
 from common.sampler import check_lengths  # noqa: E402
-from conftest import seconds_of_children  # noqa: E402
+from conftest import seconds_of_children, two_cores  # noqa: E402
 
 
 def math(gold):
@@ -236,6 +236,14 @@ def test_as_many_workers_as_cores_that_it_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5})
     with verify.Judge() as judge:
         assert judge.pool._max_workers == 3
+
+
+def test_processes_of_tests_share_the_cores():
+    """Two cores each, however many there are, so that scripts start few workers; all are used."""
+    assert [two_cores(i, range(16)) for i in (0, 1, 7, 8)] == [{0, 1}, {2, 3}, {14, 15}, {0, 1}]
+    assert two_cores(1, [4, 6]) == {4, 6} and two_cores(3, [5]) == {5}
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        assert len(os.sched_getaffinity(0)) <= 2
 
 
 def test_a_changed_verifier_is_not_its_old_self(tmp_path):
