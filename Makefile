@@ -1,5 +1,5 @@
 # make demo   a base model, RFT, SRT and SD-Zero at toy scale, from scratch: a table and runs/demo/report.html
-# make test   the tests, JOBS=2 processes; where there is a GPU, then those of it alone
+# make test   the tests, JOBS=2 processes (8 where there is a GPU, and then the GPU's own tests)
 # make real   the same on a real model and data set, a GPU or more: MODEL=, DATA= (or TRAIN= and TEST=)
 # make bench  speed, as ratios in one run (the GPU parts need a GPU)
 # make chaos  30 runs of the scripts, killed at random moments and resumed: about 15 minutes
@@ -7,9 +7,9 @@
 
 PYTHON = python3
 SEED = 0
-JOBS = 2
 OUT = runs/demo
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -1)
+JOBS = $(if $(GPU),8,2)
 STACK := $(if $(GPU),requirements.txt,requirements-cpu.txt)
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
