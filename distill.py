@@ -67,7 +67,8 @@ def make_row(tokenizer, phrases, problem, x, sample, correct, max_teacher_len):
 def micro_batches(rows, side, budget, device):
     """
     Packs `before + y` of the rows, before = row.x or row.seen; DUMMY is the last. A list of (numbers of the
-    rows, Batch, positions that predict their y), on the device, as long on every rank: DUMMY makes it so.
+    rows, Batch, positions that predict their y), on the device. A forward pass is a collective, so that every
+    rank has as many: where one has nothing left, DUMMY.
     """
     full, packed = [getattr(row, side) + row.y for row in rows], []
     for members in training.pack(list(map(len, full[:-1])), budget, device):
@@ -110,8 +111,8 @@ def student_pass(student, rows, states, teacher_head, normaliser, args, ranks):
         sampled, weight, right, counts = torch.cat([columns[i] for i in members]).unbind(1)
         # FSDP averages gradients over ranks; times world makes that a sum over the global batch
         found = student(batch, select, lambda hidden, head: chunked_kl(
-            hidden, head, states_y, teacher_head, weight * (ranks.world / normaliser), args.kl, args.topk,
-            targets=batch.ids[select + 1]))
+            hidden, head, states_y, teacher_head, weight * (ranks.world / normaliser), batch.ids[select + 1],
+            args.kl, args.topk, compile=args.compile))
         found.loss.backward()
         each = ((found.logp - sampled).abs(), found.kl, found.kl * right, found.entropy,
                 found.teacher_logp > COPIED)
@@ -183,7 +184,7 @@ def parse_args():
     add("--clip", type=positive, default=1.0, help="largest gradient norm")
     add("--kl", choices=KINDS, default="reverse")
     add("--topk", type=within(int, 0), default=0, help="KL over the teacher's k largest logits; 0: exact")
-    add("--sync_every", type=within(int, 0), default=0, help="teacher = student so often; 0: frozen")
+    add("--sync_every", type=within(int, 0), default=0, help="teacher := student so often; 0: never")
     # sampling
     add("--max_tokens", type=natural, default=8192, help="per response")
     add("--max_teacher_len", type=natural, default=32768, help="of x, y, P_r, y: both y are cut to fit")
@@ -203,8 +204,6 @@ def parse_args():
     add("--save_every", type=natural, default=10, help="steps between states to go on from")
     training.add_training_flags(parser)
     args = run.parse(parser)
-    if args.topk and args.kl == "jsd":
-        parser.error("--topk cannot go with --kl jsd; use --topk 0, or another --kl")
     if args.val_range and not args.val:
         parser.error("--val_range is for the problems of --val; give that too")
     args.teacher = args.teacher or args.model
@@ -236,7 +235,7 @@ def main():
     training.settle_flags(args, ranks.device)
 
     mesh = training.make_mesh(ranks)
-    moving = args.sync_every > 0  # in fp32, for small steps vanish in bf16; saved; its head renewed
+    moving = args.sync_every > 0  # a teacher in fp32, for small steps vanish in bf16, and part of the state
     student = training.load_model(args.model, ranks, mesh, args.dtype, checkpointing=args.checkpointing,
                                   compile=args.compile)
     teacher = training.load_model(args.teacher, ranks, mesh, args.dtype, trainable=False,
@@ -312,15 +311,14 @@ def main():
                  "are stale, or its numerics differ")
         progress["step"] = step + 1
         progress["history"].append([row["reward"], row["truncated"], row["entropy"]])
-        stop = getting_worse(progress, args) and step + 1 < args.steps
+        stop = getting_worse(progress, args)
         stop |= saver.after_step(step + 1, tensors, progress, last=stop)
         if step == first:
             training.keep_compiled()
 
     saver.wait()
     if stop:
-        goes_on = f": {progress['worse']}; it goes on without --stop_when_worse"
-        why = goes_on if progress["worse"] and args.stop_when_worse else ""
+        why = f": {progress['worse']}; it goes on without --stop_when_worse" * getting_worse(progress, args)
         run.say(f"ended after {progress['step']} of {args.steps} steps{why}")
     else:
         sampler.load(training.full_tensors(student, args.dtype))

@@ -115,9 +115,13 @@ def matmul_fp32(a, b, total=None):
 
 
 class HeadLoss(torch.autograd.Function):
-    """sum_i w_i * loss_i of losses that see one row of logits each; gradients are made on the way."""
+    """
+    sum_i w_i * loss_i of losses that see one row of logits each; gradients are made on the way.
+    tile(logits [b, V], rows, d [b, V]) of a slice of rows writes w * dloss/dlogits to d and returns [k, b]:
+    the losses, and what else is wanted.
+    """
 
-    @staticmethod  # tile(logits [b, V], which rows, d [b, V] for the gradient) -> [k, b], the losses first
+    @staticmethod
     def forward(ctx, hidden, weight, token_weight, chunk, block, tile):
         N, V = hidden.shape[0], weight.shape[0]
         needs_grad = hidden.requires_grad or weight.requires_grad
@@ -150,23 +154,22 @@ class HeadLoss(torch.autograd.Function):
 
 def head_loss(hidden, weight, token_weight, chunk, compile, tile):
     """HeadLoss with its sizes chosen: 80 M logits a tile, half in eager mode, which keeps several copies."""
-    block = max(1, 80_000_000 // weight.shape[0])
-    block = max(block // 256 * 256, min(block, 256))  # matrix products like multiples of 256
+    block = max(256, 80_000_000 // weight.shape[0] // 256 * 256)  # matrix products like multiples of 256
     chunk = chunk or 4 * block
-    block = block if compile else block // 2 or 1
+    block = block if compile else block // 2
     return HeadLoss.apply(hidden, weight, token_weight, chunk, min(chunk, block), tile)
 
 
 class KL(NamedTuple):
     loss: torch.Tensor  # a scalar, with gradients for student_hidden and student_weight
     kl: torch.Tensor  # nats; this and what follows fp32 [N], detached
-    logp: torch.Tensor  # the student's log p(target); None without targets
+    logp: torch.Tensor  # the student's log p(target)
     teacher_logp: torch.Tensor  # the teacher's
     entropy: torch.Tensor  # the student's, nats
 
 
-def chunked_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, kind="reverse",
-               topk=0, targets=None, chunk=0, compile=None):
+def chunked_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, targets,
+               kind="reverse", topk=0, chunk=0, compile=False):
     """
     sum_i token_weight_i * KL_i of student and teacher (equation 3 of the paper). But for memory it equals
 
@@ -180,36 +183,28 @@ def chunked_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, t
 
     student_hidden, teacher_hidden: last hidden states [N, H], [N, H'] (any float type).
     student_weight, teacher_weight: the heads [V, H], [V, H']. token_weight: fp32 [N]; 0 leaves a row out.
-    kind: see `divergence`. topk: 0 is exact; k > 0 renormalises over the teacher's k largest logits.
-    targets: the sampled tokens [N]. chunk: rows at a time, 0 = chosen. compile: the elementwise part.
-    Raises ValueError for an unknown kind, a topk beyond V or with jsd (whose support is both), unlike V.
+    targets: the sampled tokens [N]. kind: see `divergence`. topk: 0 is exact; k > 0 renormalises over the
+    teacher's k largest logits. chunk: rows at a time, 0 = chosen. compile: the elementwise part.
+    Raises ValueError for an unknown kind, a topk beyond V, heads of different V.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    if topk and kind == "jsd":
-        raise ValueError("topk cannot go with jsd: a mixture over the teacher's top k is no divergence")
     if student_weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(f"vocabulary rows: student {len(student_weight)}, teacher {len(teacher_weight)}")
     if topk > teacher_weight.shape[0] or topk < 0:
         raise ValueError(f"topk must lie in 0..{teacher_weight.shape[0]}, got {topk}")
-    y = targets
-    if y is None:
-        y = torch.zeros(len(student_hidden), dtype=torch.long, device=student_hidden.device)
-    compile = student_hidden.is_cuda if compile is None else compile
     run = compiled(kl_tile) if compile else kl_tile
 
     def tile(s, rows, d_s):
         t = matmul_fp32(teacher_hidden[rows], teacher_weight.T)
-        return run(s, t, token_weight[rows], y[rows], kind, topk, d_s)
+        return run(s, t, token_weight[rows], targets[rows], kind, topk, d_s)
 
     loss, seen = head_loss(student_hidden, student_weight, token_weight, chunk, compile, tile)
-    kl, logp, teacher_logp, entropy = seen
-    return KL(loss, kl, *((logp, teacher_logp) if targets is not None else (None, None)), entropy)
+    return KL(loss, *seen)
 
 
-def chunked_ce(hidden, weight, targets, token_weight, chunk=0, compile=None):
+def chunked_ce(hidden, weight, targets, token_weight, chunk=0, compile=False):
     """sum_i token_weight_i * -log p(target_i), the SFT loss, by the same pass. Returns (loss, [N])."""
-    compile = hidden.is_cuda if compile is None else compile
     run = compiled(ce_tile) if compile else ce_tile
 
     def tile(s, rows, d_s):
@@ -290,7 +285,7 @@ def main():
             continue
         row["y_init_tokens"], targets = y, torch.tensor(y, device=ranks.device)
         p, q = read(student, x, y), [read(teacher, before, y) for before in seen(y)]
-        after = [chunked_kl(*p, *side, torch.ones_like(targets), args.kl, targets=targets) for side in q]
+        after = [chunked_kl(*p, *side, torch.ones_like(targets), targets, args.kl) for side in q]
         true, contrast = after[correct], after[False].teacher_logp - after[True].teacher_logp
         values = torch.stack([true.kl, true.logp, true.teacher_logp, (true.teacher_logp > COPIED).float(),
                               contrast, contrast.abs()])

@@ -37,8 +37,9 @@ from kl import chunked_ce
 
 # flags that a run that goes on may change: none of them moves a row to another step
 FREE = "lr stage2_lr weight_decay clip save_every micro_tokens dtype checkpointing compile flash tracker"
-# Probability of P_r's first token, the empty line, after y_init: .8 where two stages work (the demo), 1e-8
-# where not. With its first word .02 in the demo: taught "Wait" in stage 1, it does not say "Let" in stage 2.
+# A warning where P_r's first token, the empty line, has a smaller mean probability after y_init at the end:
+# .8 where two stages worked (the demo), 1e-8 where not. P_r's first word would be no measure: .02 in the
+# demo, for stage 1 taught only "Wait", and stage 2 asks for "Let".
 UNSAID = 0.3
 
 # ----------------------------------------------------------------------------------------------------- data
@@ -46,22 +47,22 @@ UNSAID = 0.3
 # Openings of a model that believes a user has complained; D_revision has no such user.
 FLATTERY = re.compile(
     r"(?:\s*(?:(?:yes|indeed)[,!.]?\s+)?(?:"
-    r"you(?:'re|’re| are) (?:absolutely |completely |quite )?right"
-    r"(?: to\b[^.!?\n]*|[^.!?\n—–,:-]{0,20})(?:[.!?—–,:]|--+|-(?!\w))+"  # "You're right to ask."
-    r"|(?:thanks|thank you) for\b[^.!?\n—]*[.!?—]"
+    r"you(?:'re|’re| are) (?:absolutely |completely |quite )?right"  # and "You're right to ask."
+    r"(?: to\b(?:[^.!?\n]|\.(?=\d))*|[^.!?\n—–,:-]{0,20})(?:[.!?—–,:](?!\d)|--+|-(?!\w))+"
+    r"|(?:thanks|thank you) for\b(?:[^.!?\n—]|\.(?=\d))*[.!?—](?!\d)"
     r"|(?:great|good|nice|excellent) (?:question|catch|point|observation)\b[^.!?\n—]{0,20}[.!?—]"
     r")\s*)*", re.IGNORECASE)
 
 
 def strip_flattery(tokenizer, ids):
-    """ids without a flattering opening. Only the token that the cut runs through is encoded anew."""
+    """ids without a flattering opening. Only the tokens that the cut runs through are encoded anew."""
     text = tokenizer.decode(ids)
     cut = FLATTERY.match(text).end()
     if cut in (0, len(text)):
         return ids
-    keep = next(k for k in range(1, len(ids) + 1) if len(tokenizer.decode(ids[:k])) > cut)
-    head = tokenizer.decode(ids[:keep])[cut:]
-    return tokenizer.encode(head[0].upper() + head[1:], add_special_tokens=False) + ids[keep:]
+    heads = ((k, tokenizer.decode(ids[:k])) for k in range(1, len(ids) + 1))
+    keep, head = next((k, head) for k, head in heads if len(head) > cut and text.startswith(head))
+    return tokenizer.encode(head[cut].upper() + head[cut + 1:], add_special_tokens=False) + ids[keep:]
 
 
 def trim_repeats(ids):
@@ -174,7 +175,7 @@ def parse_args():
     add("--stage2_size", type=natural, default=2000, help="of two-stage: tuples, right y_init first")
     add("--epochs", type=natural, default=3)
     add("--batch", type=natural, default=4, help="sequences of a step, over all ranks")
-    add("--max_len", type=natural, default=32768, help="longer rows, or than the model takes, are dropped")
+    add("--max_len", type=natural, default=32768, help="rows longer, or than the model takes, are dropped")
     add("--lr", type=positive, default=5e-6)
     add("--stage2_lr", type=positive, help="default: --lr")
     add("--weight_decay", type=within(float, 0), default=1e-4)
@@ -231,15 +232,14 @@ def main():
                                    args.seed, args.no_clean)
     run.say(f"phrases {'|'.join(phrases)}; " + ", ".join(f"{name} {n}" for name, n in counts.items()))
     if args.objective != "rft" and counts["wrong -> right"] < verify.FEW:
-        run.say(f"warning: {counts['wrong -> right']} tuples after a wrong y_init are few; 1,548 of a 1.5B "
-                "model did not do either, its teacher copied (docs/real.md): collect more, with a better one")
+        run.say(f"warning: only {counts['wrong -> right']} tuples have a wrong y_init; with 1,548, of a 1.5B "
+                "model, the teacher still copied (docs/real.md): collect more, or begin with a better model")
     if run.open_out(args, ranks, FREE, "final"):
         return run.leave()
     training.settle_flags(args, ranks.device)
     model = training.load_model(args.model, ranks, training.make_mesh(ranks), args.dtype,
                                 checkpointing=args.checkpointing, compile=args.compile)
-    fresh_optimizer = lambda: training.make_optimizer(model, args.weight_decay, betas=(0.9, 0.95))
-    optimizer = fresh_optimizer()
+    optimizer = training.make_optimizer(model, args.weight_decay, betas=(0.9, 0.95))
     tensors = lambda: checkpoint.training_state(model, optimizer)
     progress = checkpoint.load_state(args.out, tensors) or {"step": 0}
     metrics = Metrics(args.out, progress["step"], args.tracker)
@@ -250,8 +250,8 @@ def main():
     for number, (stage, step) in list(enumerate(plan))[progress["step"]:]:
         started = time.time()
         objective, examples = stages[stage]
-        if step == 0:  # each stage has an optimizer of its own
-            optimizer = fresh_optimizer()
+        if step == 0:  # each stage begins without moments
+            optimizer.state.clear()
         batch = step_examples(examples, step, args.batch, f"{args.seed}/{stage + 1}")
         loss_tokens = sum(w > 0 for e in batch for w in e.weights)
 
@@ -260,7 +260,7 @@ def main():
         mine = batch[ranks.rank::ranks.world]
         for packed, select, weights, begins in micro_batches(mine, args.micro_tokens, ranks.device):
             part, each = model(packed, select, lambda hidden, head: chunked_ce(
-                hidden, head, packed.ids[select + 1], weights * scale))
+                hidden, head, packed.ids[select + 1], weights * scale, compile=args.compile))
             part.backward()
             sums += torch.stack([part.detach() / ranks.world, (begins * torch.exp(-each)).sum() / len(batch)])
         dist.all_reduce(sums)

@@ -46,24 +46,22 @@ FREE = "target engine dtype vllm_memory judge_seconds unsafe_no_sandbox"
 TRUNCATED = {"y_init": "truncated", "y_revised": "revised_truncated"}  # the field that says so of each
 FIELDS = {  # that each kind must have
     "init": {"problem": str, "y_init": str, "y_init_correct": bool, "y_init_verdict": str,
-             "y_init_tokens": list, "truncated": bool, "no_room": bool},
+             "y_init_tokens": list, "truncated": bool, "first_correct": bool, "no_room": bool},
     "revision": {"revision": int, "y_revised": str, "y_revised_correct": bool, "y_revised_verdict": str,
                  "y_revised_tokens": list, "revised_truncated": bool}}
 
 
 def row_key(row):
-    """What a row answers: the problem's id, the number of its y_init, the number of the revision or -1."""
-    return row["id"], row["sample"], row.get("revision", -1)
+    """What a row answers: the problem's id, the number of its y_init, and of a revision its own number."""
+    return tuple(row[name] for name in ("id", "sample", "revision") if name in row)
 
 
 def read_rows(out):
     """{row_key: row} of everything that ranks have written in this folder."""
     rows = {}
-    for path in glob.glob("responses*.jsonl", root_dir=out):
+    for path in glob.glob("responses.jsonl", root_dir=out) + glob.glob("responses.rank*.jsonl", root_dir=out):
         path = os.path.join(out, path)
         for line, row in run.read_jsonl(path, torn_ok=True):
-            if "kind" not in row:
-                fail(f"{path}:{line}: written by an earlier version; give another --out, or --fresh")
             run.need(row, path, line, kind=str, id=str, sample=int)
             fields = FIELDS.get(row["kind"]) or fail(f"{path}:{line}: kind {row['kind']!r}; remove this line")
             run.need(row, path, line, **fields)
@@ -135,15 +133,14 @@ def summarise(rows, kept, num_responses, phrases):
     for row in inits:
         by_problem.setdefault(row["id"], []).append(row["y_init_correct"])
     s = {"problems": len(by_problem), **measures("init", inits), **measures("revised", revised)}
-    p, q, verdicts = s["init_accuracy"], s["revised_accuracy"], s["revised_verdicts"]
-    # y_init that go on with P_r: what SRT is to teach, beside revising when told to. Is it worth it?
+    p, q = s["init_accuracy"], s["revised_accuracy"]
+    # y_init that say P_r by themselves: how many, and do they doubt wrong first answers more than right ones?
     says_right = [first_answer(row["y_init"], phrases)[1] for row in inits]
     s["init_self_revised"] = mean(said is not None for said in says_right)
-    if all("first_correct" in row for row in inits):  # rows of an earlier version lack it
-        first = [row["first_correct"] for row in inits]  # before P_r; init_accuracy is of the last answer
-        s["init_first_accuracy"] = mean(first)
-        for name, right in (("right", True), ("wrong", False)):  # P_r for wrong, after a first answer that is
-            s[f"init_doubted_{name}"] = mean(told == 0 for told, ok in zip(says_right, first) if ok == right)
+    first = [row["first_correct"] for row in inits]  # before P_r; init_accuracy is of the last answer
+    s["init_first_accuracy"] = mean(first)
+    for name, right in (("right", True), ("wrong", False)):  # P_r for wrong, after a first answer that is
+        s[f"init_doubted_{name}"] = mean(told == 0 for told, ok in zip(says_right, first) if ok == right)
     s["init_accuracy_95"] = wilson(p, len(by_problem)) if inits else None  # a problem's samples count as one
     s[f"avg@{num_responses}"] = mean(map(mean, by_problem.values()))
     s[f"pass@{num_responses}"] = mean(map(any, by_problem.values()))
@@ -151,16 +148,15 @@ def summarise(rows, kept, num_responses, phrases):
         s[f"revised_accuracy_of_{name}"] = mean(
             row["y_revised_correct"] for row in revised if row["y_init_correct"] == told)
     counts = Counter(row_key(row)[:2] for row in revised)
-    alike = len(counts) == len(inits) and len({*counts.values()}) == 1  # or p and q weigh y_init otherwise
-    # share of the errors that one revision removes
+    # share of the errors that one revision removes; none where q weighs some y_init more than p does
+    alike = len(counts) == len(inits) and len({*counts.values()}) == 1
     s["net_correction"] = (q - p) / (1 - p) if alike and p < 1 else None
-    s["kept"] = len(kept or ())
     if kept is not None:
-        s["wrong_to_right"] = sum(not row["y_init_correct"] for row in kept)
+        s["kept"], s["wrong_to_right"] = len(kept), sum(not row["y_init_correct"] for row in kept)
         s["no_answer_revised"] = mean(row["y_revised_verdict"] == "no answer" for row in revised)
-    s["dropped"] = {f"y_revised {why}": n for why, n in verdicts.items() if why != "right"}
-    s["dropped"]["over the target"] = s["revised_correct"] - len(kept) if kept else 0
-    s["dropped"]["no room to revise"] = sum(row["no_room"] for row in inits)
+        s["dropped"] = {f"y_revised {why}": n for why, n in s["revised_verdicts"].items() if why != "right"}
+        s["dropped"] |= {"over the target": s["revised_correct"] - len(kept),
+                         "no room to revise": sum(row["no_room"] for row in inits)}
     return s
 
 
@@ -218,7 +214,7 @@ def parse_args():
     add("--model", required=True, help="Hugging Face folder or hub name")
     add("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
     add("--out", required=True, help="folder for responses, d_revision, summary.json")
-    add("--range", dest="range_", metavar="A:B", help="rows of the data, others in a phase")
+    add("--range", dest="range_", metavar="A:B", help="rows of the data; others than those of distill.py")
     add("--max_problems", type=natural, help="at most so many problems")
     add("--eval", action="store_true", help="keep nothing: measure only")
     # how much
@@ -259,7 +255,7 @@ def main():
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     longest = check_lengths(args.model, prompts, args.max_tokens)
     keeps = args.num_revisions and not args.eval
-    if run.open_out(args, ranks, FREE, "responses.jsonl", **({"target": args.target} if keeps else {})):
+    if run.open_out(args, ranks, FREE, "responses.jsonl", target=args.target):
         judge.close()
         return run.leave()
     if ranks.rank == 0:  # a killed run may have left half a line
@@ -288,7 +284,7 @@ def main():
             await asyncio.gather(*(attempt(problems[i], prompts[i], k) for k in range(args.num_responses)))
 
     async def attempt(problem, x, k):
-        """Steps 1 to 5 for the k-th y_init of a problem."""
+        """Steps 1 to 4 for the k-th y_init of a problem; counts its right revisions, for --target."""
         init = await respond("y_init", problem, x, {
             "kind": "init", "id": problem.id, "problem": problem.problem,
             "answer": problem.answer if isinstance(problem.answer, str) else None, "mode": problem.mode,
@@ -314,8 +310,7 @@ def main():
             progress.judged(y, done[row_key(row)])
             return done[row_key(row)]
         sampled = asyncio.get_running_loop().create_future()
-        seed = request_seed(args.seed, *(part for part in row_key(row) if part != -1))
-        waiting.append(Request(sampled, ids, seed))
+        waiting.append(Request(sampled, ids, request_seed(args.seed, *row_key(row))))
         sample = await sampled
         row[y] = tokenizer.decode(sample.ids, skip_special_tokens=True)
         verdict = await judged(problem, row[y])
@@ -358,8 +353,7 @@ def main():
         run.finish(args, ranks, {"engine": type(sampler).__name__, "phrases": phrases,
                                  "problems_dropped": dict(dropped), **found})
         for name, value in found.items():
-            if keeps or name not in ("kept", "dropped"):
-                print(f"{name:28s} {round(value, 4) if isinstance(value, float) else value}")
+            print(f"{name:28s} {round(value, 4) if isinstance(value, float) else value}")
         if keeps:
             print(enough(found, args.target))
     close(judge, sampler)

@@ -160,11 +160,11 @@ def worse(history):
 
 
 def getting_worse(progress, args):
-    """Says once that the run gets worse. True if it is to end here."""
+    """Says once that the run gets worse. True if it is to end here, with steps left."""
     why = progress["worse"] or worse(progress["history"])
     if why and not progress["worse"]:
         progress["worse"] = why
         best = f" The best validation: {args.out}/best/step-{progress['best'][0][1]:06d}." if args.val else ""
         run.say(f"warning: step {progress['step']}: {why}. The teacher may only copy y (see kl.py): lower "
                 f"--lr, or give SRT more wrong -> right tuples (docs/real.md).{best}")
-    return bool(why) and args.stop_when_worse
+    return bool(why) and args.stop_when_worse and progress["step"] < args.steps

@@ -68,7 +68,7 @@ def main():
         loss.backward()
 
     def ours(kind="reverse", topk=0, compile=CUDA):
-        return lambda: backward(kl.chunked_kl(x, y, ht, wt, weight, kind, topk, targets, compile=compile)[0])
+        return lambda: backward(kl.chunked_kl(x, y, ht, wt, weight, targets, kind, topk, compile=compile)[0])
 
     def naive():
         s, t = (x @ y.T).float().log_softmax(-1), (ht @ wt.T).float().log_softmax(-1)

@@ -34,7 +34,7 @@ def fixed_batch(model_folder):
     batch = training.make_batch(rows[ranks.rank::ranks.world], ranks.device)
     select = (batch.positions < 511).nonzero()[:, 0]  # the end of a row predicts nothing: what follows depends on the ranks
     weights = torch.full((len(select),), ranks.world / (8 * 511), device=ranks.device)
-    loss, _ = model(batch, select, lambda hidden, head: chunked_ce(hidden, head, batch.ids[select + 1], weights))
+    loss, _ = model(batch, select, lambda hidden, head: chunked_ce(hidden, head, batch.ids[select + 1], weights, compile=CUDA))
     loss.backward()
     norm = training.optimizer_step(model, training.make_optimizer(model, 0.0, (0.9, 0.95)), 0.0, 1.0)
     loss = loss.detach() / ranks.world

@@ -213,7 +213,7 @@ def measure_memory(length, student, teacher, optimizer, ranks):
     ids = lambda n: torch.randint(4, vocabulary, (n,)).tolist()
     rows = [distill.Row(ids(128), ids(length + 138), ids(length), [-12.0] * length, True, 1.0) for _ in range(number)]
     rows.append(distill.DUMMY)
-    args = argparse.Namespace(micro_tokens=MICRO, kl="reverse", topk=0)
+    args = argparse.Namespace(micro_tokens=MICRO, kl="reverse", topk=0, compile=True)
     head = teacher.get_output_embeddings().weight.full_tensor()
     others = torch.empty((BATCH - number) * length, width, dtype=head.dtype, device=ranks.device)
     for _ in range(2):  # the second has the optimizer's moments from its start
@@ -455,7 +455,8 @@ def main():
                 with torch.no_grad():
                     return model(batch, select, lambda hidden, head: hidden)
             weights = torch.full((T,), 1 / T, device=ranks.device)
-            model(batch, select, lambda hidden, head: chunked_ce(hidden, head, batch.ids.roll(-1), weights))[0].backward()
+            targets = batch.ids.roll(-1)
+            model(batch, select, lambda hidden, head: chunked_ce(hidden, head, targets, weights, compile=ranks.device.type == "cuda"))[0].backward()
 
         def step(batch):
             micro_batch(batch)

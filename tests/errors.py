@@ -105,7 +105,7 @@ def main():
         if max(map(len, seen)) + len(y) > context:
             continue
         p, q = kl.read(student, x, y), [kl.read(teacher, before, y) for before in seen]
-        after = [kl.chunked_kl(*p, *side, torch.ones_like(targets), targets=targets) for side in q]
+        after = [kl.chunked_kl(*p, *side, torch.ones_like(targets), targets) for side in q]
         contrast = after[1].teacher_logp - after[0].teacher_logp
         columns = *(side.kl for side in after), -after[0].logp, contrast, torch.zeros(len(y))
         errors.append({"id": row["id"], "sample": row["sample"], "equation": equation, "tokens": tokens,

@@ -125,7 +125,10 @@ def test_a_run_that_gets_worse(guesser, tmp_path):
     again = start("ends", "--stop_when_worse")
     assert f"ended after {steps} of 40 steps" in again and "warning" not in again
     assert len(read(tmp_path / "ends/metrics.jsonl")) == steps
-    assert (tmp_path / "ends/final").exists() is False and "saved" in start("ends")  # without the flag it goes on
+    assert (tmp_path / "ends/final").exists() is False
+    assert "saved" in start("ends", "--stop_when_worse", "--steps", steps)  # none is left to be saved from
+    assert "saved" in start("ends")  # without the flag it goes on
+    assert len(read(tmp_path / "ends/metrics.jsonl")) == 40
 
 
 def test_a_finished_run_goes_on_with_more_steps(qwen, tmp_path):
@@ -207,7 +210,7 @@ def test_kind_and_topk_reach_the_loss(kind, topk, ranks, qwen, problems_file):
     rows = sampled_rows(verify.load_tokenizer(qwen), "qwen", problems_file)[:4]
     student, teacher = (training.load_model(qwen, ranks, training.make_mesh(ranks), torch.float32, trainable=trainable)
                         for trainable in (True, False))
-    args = SimpleNamespace(micro_tokens=300, kl=kind, topk=topk)
+    args = SimpleNamespace(micro_tokens=300, kl=kind, topk=topk, compile=False)
     mine = [*rows, distill.DUMMY]
     states = distill.teacher_states(teacher, mine, 300, ranks.device)
     got = distill.student_pass(student, mine, states, distill.whole_head(teacher, torch.float32), 1.0, args, ranks)["loss"]

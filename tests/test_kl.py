@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kl
 
 N, H, V = 23, 16, 57
+Y = torch.zeros(N, dtype=torch.long)  # targets, where they do not matter
 
 
 def reference(s, t, kind, topk=0):
@@ -38,8 +39,7 @@ def both(kind, topk=0, chunk=0, scale=1.0, weight=None, hidden_t=H, compile=Fals
     for dtype in (torch.float32, torch.float64):
         a, b = hs.to(dtype).requires_grad_(), ws.to(dtype).requires_grad_()
         if dtype == torch.float32:
-            loss, each = kl.chunked_kl(a, b, ht.float(), wt.float(), w.float(), kind, topk, chunk=chunk,
-                                       compile=compile)[:2]
+            loss, each = kl.chunked_kl(a, b, ht.float(), wt.float(), w.float(), Y, kind, topk, chunk, compile)[:2]
         else:
             each = reference(a @ b.T, ht @ wt.T, kind, topk)
             loss = (each * w).sum()
@@ -60,14 +60,14 @@ def test_value_and_gradients(kind, chunk):
     close(*both(kind, chunk=chunk))
 
 
-@pytest.mark.parametrize("kind", ["reverse", "forward", "mixed"])
+@pytest.mark.parametrize("kind", kl.KINDS)
 @pytest.mark.parametrize("topk", [1, 8, V])
 def test_topk(kind, topk):
     close(*both(kind, topk=topk, chunk=7))
 
 
 def test_topk_of_the_whole_vocabulary_is_exact():
-    for kind in ("reverse", "forward", "mixed"):
+    for kind in kl.KINDS:
         close(both(kind, topk=V)[0], both(kind)[1])
 
 
@@ -94,7 +94,7 @@ def test_masks_and_zero_weights(kind):
 def test_identical_student_and_teacher(kind):
     hs, ws, *_ = (a.float() for a in inputs(scale=3.0))
     a, b = hs.clone().requires_grad_(), ws.clone().requires_grad_()
-    loss, each = kl.chunked_kl(a, b, hs, ws, torch.ones(N), kind, chunk=6)[:2]
+    loss, each = kl.chunked_kl(a, b, hs, ws, torch.ones(N), Y, kind, chunk=6)[:2]
     loss.backward()
     assert each.abs().max() == 0 and a.grad.abs().max() == 0 and b.grad.abs().max() == 0
 
@@ -142,7 +142,7 @@ def test_tied_head():
         table = ws.to(dtype).requires_grad_()
         hidden = table[ids].tanh() + hs.to(dtype)
         if dtype == torch.float32:
-            kl.chunked_kl(hidden, table, ht.float(), wt.float(), w.float(), chunk=4)[0].backward()
+            kl.chunked_kl(hidden, table, ht.float(), wt.float(), w.float(), Y, chunk=4)[0].backward()
         else:
             (reference(hidden @ table.T, ht @ wt.T, "reverse") * w).sum().backward()
         grads.append(table.grad.double())
@@ -157,7 +157,7 @@ def test_bf16_inputs_accumulate_in_fp32():
     (reference(want[0] @ want[1].T, want[2] @ want[3].T, "reverse") * w).sum().backward()
     for chunk in (1, N):
         a, b = b16[0].clone().requires_grad_(), b16[1].clone().requires_grad_()
-        kl.chunked_kl(a, b, b16[2], b16[3], w.float(), chunk=chunk)[0].backward()
+        kl.chunked_kl(a, b, b16[2], b16[3], w.float(), Y, chunk=chunk)[0].backward()
         assert (b.grad.double() - want[1].grad).norm() < 4e-3 * want[1].grad.norm()
         assert (a.grad.double() - want[0].grad).norm() < 4e-3 * want[0].grad.norm()
 
@@ -167,14 +167,13 @@ def test_what_else_is_seen_at_a_tile(topk):
     """log p(target) of both sides and the student's entropy, over the whole vocabulary whatever topk."""
     hs, ws, ht, wt, w = (x.float() for x in inputs())
     targets = torch.arange(N) * 7 % V
-    found = kl.chunked_kl(hs, ws, ht, wt, w, topk=topk, targets=targets, chunk=5)
+    found = kl.chunked_kl(hs, ws, ht, wt, w, targets, topk=topk, chunk=5)
     log_p, log_q = ((h.double() @ head.double().T).log_softmax(-1) for h, head in ((hs, ws), (ht, wt)))
     assert torch.allclose(found.logp.double(), log_p[torch.arange(N), targets], atol=1e-5)
     assert torch.allclose(found.teacher_logp.double(), log_q[torch.arange(N), targets], atol=1e-5)
     assert torch.allclose(found.entropy.double(), -(log_p.exp() * log_p).sum(-1), atol=1e-5)
-    without = kl.chunked_kl(hs, ws, ht, wt, w, topk=topk, chunk=5)
-    assert without.logp is None and without.teacher_logp is None
-    assert torch.equal(without.kl, found.kl) and torch.equal(without.entropy, found.entropy)
+    other = kl.chunked_kl(hs, ws, ht, wt, w, Y, topk=topk, chunk=5)
+    assert torch.equal(other.kl, found.kl) and torch.equal(other.entropy, found.entropy)
 
 
 def test_the_docstring_says_what_it_computes():
@@ -185,7 +184,7 @@ def test_the_docstring_says_what_it_computes():
              "token_weight": w, "targets": torch.arange(N), "KL": kl.KL}
     code = "def full(): \n" + "\n".join("    " + line for line in lines)
     exec(code, names)
-    ours = kl.chunked_kl(hs, ws, ht, wt, w, targets=torch.arange(N), chunk=5)
+    ours = kl.chunked_kl(hs, ws, ht, wt, w, torch.arange(N), chunk=5)
     assert len(lines) >= 7
     for mine, theirs in zip(ours, names["full"](), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)
@@ -219,17 +218,16 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(n):
     hs, ht = torch.randn(n, H, requires_grad=True), torch.randn(n, H)
     ws, wt = torch.randn(V, H, requires_grad=True), torch.randn(V, H)
     with Largest() as largest:
-        kl.chunked_kl(hs, ws, ht, wt, torch.ones(n), chunk=chunk)[0].backward()
+        kl.chunked_kl(hs, ws, ht, wt, torch.ones(n), torch.zeros(n, dtype=torch.long), chunk=chunk)[0].backward()
     assert largest.elements == chunk * V  # one tile of logits, whatever n; the whole would be n * V
 
 
 def test_errors():
     hs, ws, ht, wt, w = (x.float() for x in inputs())
     for message, call in {
-        "kind must be": lambda: kl.chunked_kl(hs, ws, ht, wt, w, "revers"),
-        "jsd": lambda: kl.chunked_kl(hs, ws, ht, wt, w, "jsd", 5),
-        "vocabulary": lambda: kl.chunked_kl(hs, ws, ht, wt[:-1], w),
-        "topk": lambda: kl.chunked_kl(hs, ws, ht, wt, w, topk=V + 1),
+        "kind must be": lambda: kl.chunked_kl(hs, ws, ht, wt, w, Y, "revers"),
+        "vocabulary": lambda: kl.chunked_kl(hs, ws, ht, wt[:-1], w, Y),
+        "topk": lambda: kl.chunked_kl(hs, ws, ht, wt, w, Y, topk=V + 1),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()

@@ -545,7 +545,6 @@ distill.py  --val {nothing.jsonl}                   nothing.jsonl
 distill.py  --val {long.jsonl}                      error: --val: a prompt has
 distill.py  --batch 25                              lower it
 distill.py  --batch 0                               not at least 1
-distill.py  --topk 8 --kl jsd                       --topk
 distill.py  --topk -1                               not at least 0
 distill.py  --topk 1000000                          tokens of the vocabulary
 distill.py  --kl cosine                             invalid choice

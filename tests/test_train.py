@@ -147,7 +147,7 @@ def step_of(ranks, folder, rows, mine, budget, kind="reverse", **how):
     mesh = training.make_mesh(ranks)
     student = training.load_model(folder, ranks, mesh, torch.float32, **how)
     teacher = training.load_model(folder, ranks, mesh, torch.float32, trainable=False)
-    args = type("Args", (), {"micro_tokens": budget, "kl": kind, "topk": 0})
+    args = type("Args", (), {"micro_tokens": budget, "kl": kind, "topk": 0, "compile": False})
     mine = [*(rows[i] for i in mine), distill.DUMMY]
     states = distill.teacher_states(teacher, mine, budget, ranks.device)
     tokens = sum(len(row.y) for row in rows)
@@ -513,6 +513,12 @@ class Characters:
     def encode(self, text, add_special_tokens): return [text[i:i + 2] for i in range(0, len(text), 2)]
 
 
+class Bytes:
+    """A tokenizer that splits characters."""
+    def decode(self, ids): return bytes(ids).decode(errors="replace")
+    def encode(self, text, add_special_tokens): return [*text.encode()]
+
+
 @pytest.mark.parametrize("text, want", [
     ("You're absolutely right to question this. the sum is 4.", "The sum is 4."),
     ("You are right — the sum is 4.", "The sum is 4."),
@@ -529,9 +535,15 @@ class Characters:
     ("Good point A lies on the line y=2. So x=1.", "Good point A lies on the line y=2. So x=1."),
     ("Good points on the circle are those with x > 0 and y",
      "Good points on the circle are those with x > 0 and y"),
+    ("Thank you for pointing out that 12.5 is wrong. it is 4.", "It is 4."),
+    ("You're right to use 3.5 as the ratio. it is 4.", "It is 4."),
+    ("Thanks for the correction: it is $2.50, not $2.05. so 5.", "So 5."),
+    ("You're right! ✅ It is 4.", "✅ It is 4."),
+    ("Great question! ∠ABC = 30.", "∠ABC = 30."),
+    ("Good catch. ≥ 4, Ünd 5.", "≥ 4, Ünd 5."),
 ])
-def test_flattery(text, want):
-    tokenizer = Characters()
+@pytest.mark.parametrize("tokenizer", [Characters(), Bytes()], ids=["characters", "bytes"])
+def test_flattery(text, want, tokenizer):
     ids = sft.strip_flattery(tokenizer, tokenizer.encode(text, False))
     assert tokenizer.decode(ids) == want
 
