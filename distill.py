@@ -174,7 +174,7 @@ def parse_args():
     add("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
     add("--out", required=True, help="folder: final/, best/, state/, metrics.jsonl")
     add("--teacher", help="default: --model")
-    add("--range", dest="range_", metavar="A:B", help="rows of the data; others than those of srt.py")
+    add("--range", metavar="A:B", help="rows of the data; others than those of srt.py")
     # optimisation
     add("--steps", type=natural, default=400)
     add("--batch", type=natural, default=128, help="prompts of a step, over all ranks; one y each")
@@ -218,7 +218,7 @@ def main():
     phrases = verify.phrases_of(args.teacher, args.phrases)
     judge = verify.make_judge(args)
     load = functools.partial(run.from_rank_0, ranks, verify.load_problems)
-    problems, dropped = load(args.data, judge, args.range_)
+    problems, dropped = load(args.data, judge, args.range)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     val_problems = load(args.val, judge, args.val_range, flag="--val")[0] if args.val else []
     val_prompts = [verify.chat_ids(tokenizer, problem) for problem in val_problems]

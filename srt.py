@@ -214,7 +214,7 @@ def parse_args():
     add("--model", required=True, help="Hugging Face folder or hub name")
     add("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
     add("--out", required=True, help="folder for responses, d_revision, summary.json")
-    add("--range", dest="range_", metavar="A:B", help="rows of the data; others than those of distill.py")
+    add("--range", metavar="A:B", help="rows of the data; others than those of distill.py")
     add("--max_problems", type=natural, help="at most so many problems")
     add("--eval", action="store_true", help="keep nothing: measure only")
     # how much
@@ -251,7 +251,7 @@ def main():
     phrases = verify.phrases_of(args.model, args.phrases)
     judge = verify.make_judge(args)
     problems, dropped = run.from_rank_0(
-        ranks, verify.load_problems, args.data, judge, args.range_, args.max_problems)
+        ranks, verify.load_problems, args.data, judge, args.range, args.max_problems)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     longest = check_lengths(args.model, prompts, args.max_tokens)
     keeps = args.num_revisions and not args.eval

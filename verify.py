@@ -3,8 +3,8 @@ What a problem is, how it is asked, and how verdicts are given. Every phase spea
 
   problems    load_problems(path or hub name, judge)    -> [Problem], and why others were dropped
   tokens      chat_ids(tokenizer, problem)              -> x: the prompt, by the tokenizer's chat template
-              revision_ids(tokenizer, x, y, correct, p) -> x, y without its end of turn, P_r in empty lines
-  verdicts    Judge(mode)(problems, responses)          -> [Verdict], the binary reward, in worker processes
+              revision_ids(tokenizer, x, y, r, phrases) -> x, y without its end of turn, P_r in empty lines
+  verdicts    Judge(mode).submit(problem, response)     -> a Future of a Verdict, the binary reward
 
 What is right a verifier says: verifiers/math.py, verifiers/code.py, or your own file, --mode my_reward.py.
 
@@ -33,7 +33,7 @@ from verifiers.pool import Workers, load_verifier
 # ------------------------------------------------------------------------------------------------ problems
 
 PROBLEM_FIELDS = ("problem", "question", "prompt")
-LONE = re.compile("[\ud800-\udfff]")  # half a character, which no file can hold
+LONE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair: JSON can spell it, UTF-8 cannot hold it
 
 
 @dataclass
@@ -91,7 +91,7 @@ def make_problem(row, where, name, mode):
     ids = [row[field] for field in ("id", "uuid") if row.get(field) is not None]
     id_ = str(ids[0] if ids else name)
     if lone := LONE.search(id_ + text):
-        fail(f"{where}: {lone[0]!r} in the problem or its id is half a character; mend or remove it")
+        fail(f"{where}: {lone[0]!r} in the problem or its id is half of a surrogate pair; mend or remove it")
     return Problem(id_, text, None, mode)
 
 
@@ -110,7 +110,7 @@ def load_problems(data, judge, range_=None, max_problems=None, flag="--data"):
     match = re.fullmatch(r"(\d*):(\d*)", range_ or ":")
     if not match:
         fail(f"{range_of(flag)} {range_}: A:B is wanted, two row numbers such as 0:10000")
-    start, stop = int(match[1] or 0), int(match[2] or sys.maxsize)
+    start, stop = int(match[1] or 0), min(int(match[2] or sys.maxsize), sys.maxsize)
     stem = os.path.basename(data).split(".")[0]
     asked, dropped, text_of, texts, number = [], Counter(), {}, set(), 0
     for number, (where, row) in enumerate(itertools.islice(load_rows(data, flag), stop), 1):  # from 1
@@ -131,7 +131,7 @@ def load_problems(data, judge, range_=None, max_problems=None, flag="--data"):
     for problem, gold in asked:
         problem.answer, why = gold.result()
         if isinstance(problem.answer, str) and LONE.search(problem.answer):
-            problem.answer, why = None, "half a character in the answer"
+            problem.answer, why = None, "half of a surrogate pair in the answer"
         if problem.answer is None:
             dropped[why] += 1
         else:
@@ -306,7 +306,7 @@ class Judge(contextlib.AbstractContextManager):
         return [f.result() for f in [self.submit(p, r) for p, r in zip(problems, responses, strict=True)]]
 
     def close(self, *_):
-        self.pool.shutdown()
+        self.pool.shutdown(cancel_futures=True)  # after an error nobody waits for what is still to come
         self.workers.close()
 
     __exit__ = close
@@ -334,11 +334,11 @@ def main():
     add = parser.add_argument
     add("--data", required=True, help=".jsonl, .json, .parquet or hub name[:config][@split]")
     add("--responses", help="responses.jsonl of srt.py: judge it again, print what changed")
-    add("--range", dest="range_", metavar="A:B", help="rows of the data")
+    add("--range", metavar="A:B", help="rows of the data")
     add_judge_flags(parser)
     args = parser.parse_args()
     with make_judge(args) as judge:
-        problems, dropped = load_problems(args.data, judge, args.range_)
+        problems, dropped = load_problems(args.data, judge, args.range)
         print(f"{args.data}: {len(problems)} kept, {sum(dropped.values())} dropped")
         for why, count in dropped.most_common():
             print(f"  {count:6d}  dropped  {why}")

@@ -47,14 +47,15 @@ def save_model(path, model, tokenizer, phrases, dtype):
 def keep_best(out, best, step, accuracy, save, keep=3):
     """Saves out/best/step-N if it is among the `keep` best. best: [[accuracy, step]], best first."""
     name = "step-{:06d}".format
-    there = [b for b in best if b[1] != step  # a finished run that goes on validates its last step again
-             and os.path.isdir(os.path.join(out, "best", name(b[1])))]  # a killed run's go
+    # not this step, which a finished run that goes on validates again, nor one that has gone for a better
+    # one of steps that a kill has taken
+    there = [b for b in best if b[1] != step and os.path.isdir(os.path.join(out, "best", name(b[1])))]
     ranked = sorted(there + [[accuracy, step]], key=lambda b: (-b[0], b[1]))[:keep]
     if [accuracy, step] in ranked:
         save(os.path.join(out, "best", name(step)))
     if dist.get_rank() == 0:
         for folder in set(os.listdir(os.path.join(out, "best"))) - {name(kept) for _, kept in ranked}:
-            shutil.rmtree(os.path.join(out, "best", folder))  # also what a killed run has left
+            shutil.rmtree(os.path.join(out, "best", folder))  # also what a kill has left
     return ranked
 
 

@@ -24,8 +24,8 @@ from common.tracker import Tracker
 
 class Metrics:
     """
-    metrics.jsonl, a row for each step, by rank 0; rows from `step` on go: a resumed run makes new ones. A
-    --tracker is given each row too.
+    metrics.jsonl, a row for each step, by rank 0. Rows of `step` and later are removed: a resumed run makes
+    those steps again. A --tracker is given each row too.
     """
 
     def __init__(self, out, step, tracker=None):

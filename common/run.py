@@ -82,8 +82,6 @@ def from_rank_0(ranks, make, *args, **how):
     """
     import torch
     import torch.distributed as dist
-    if ranks.world == 1:
-        return make(*args, **how)
     made = [None if ranks.rank else make(*args, **how)]
     dist.broadcast_object_list(made, device=torch.device("cpu"))
     return made[0]
@@ -130,7 +128,7 @@ def open_out(args, ranks, free, product, **wanted):
             print(f"--fresh: {args.out} is now {old}")
             os.makedirs(args.out)
             hold(args.out)
-        flags = {name.rstrip("_"): value for name, value in vars(args).items()}
+        flags = dict(vars(args))
         del flags["out"], flags["fresh"]
         if "mode" in flags:
             with open(load_verifier(args.mode).__file__, "rb") as f:
@@ -240,7 +238,7 @@ def need(row, path, line, **fields):
 def parse(parser):
     """The flags of the command line; args.defaults: what they are if not given, which open_out takes away."""
     args = parser.parse_args()
-    args.defaults = {name.rstrip("_"): parser.get_default(name) for name in vars(args)}
+    args.defaults = {name: parser.get_default(name) for name in vars(args)}
     return args
 
 

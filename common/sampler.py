@@ -170,7 +170,7 @@ class VLLMSampler(Sampler):
         from vllm.sampling_params import RequestOutputKind
         engine, flying, counter = self.llm.llm_engine, {}, 0
         while True:
-            # prompts several at once, that most steps are without
+            # prompts in groups, once 1/16 of the places are free: CUDA graphs serve only steps without any
             wanted = self.max_seqs if len(flying) <= self.max_seqs * 15 // 16 else 0
             while len(flying) < wanted and (request := pull()) is not None:
                 params = SamplingParams(
@@ -198,9 +198,10 @@ class VLLMSampler(Sampler):
             torch.cuda.empty_cache()  # or what training has used and freed would be missing here
             self.llm.wake_up()
             self.asleep = False
-        if self.on_cpu:  # the CPU back end repacks weights after loading; a reload undoes and redoes that,
+        if self.on_cpu:
+            # this back end repacks weights after loading; a reload undoes and redoes that, but for the packed
+            # copy of a tied head, which would keep the old weights
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
-            # but for the packed copy of a tied head, which would keep the old weights
             self.llm.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
         else:
             self.llm.apply_model(lambda model: len(model.load_weights(named_tensors)))

@@ -4,6 +4,7 @@ that never end: who reads them sees a collapse before the numbers show it.
 """
 import os
 import re
+import textwrap
 
 import torch.distributed as dist
 
@@ -12,33 +13,19 @@ from common.run import write_atomically
 SHOWN = 5  # problems
 
 
-def fence_of(text):
-    """A Markdown fence that no line of the text can close."""
-    return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-
-
 def section(step, responses):
-    """The text of a step. responses: [(id, verdict's reason, tokens, truncated, text)]."""
+    """The text of a step, each response indented. responses: [(id, reason, tokens, truncated, text)]."""
     parts = [f"# step {step}\n"]
     for name, reason, tokens, truncated, text in responses:
         title = f"{name}: {reason} ({tokens} tokens{', truncated' if truncated else ''})"
-        fence = fence_of(text)
-        parts.append(f"## {' '.join(title.split())}\n\n{fence}\n{text}\n{fence}\n")
+        parts.append(f"## {' '.join(title.split())}\n\n{textwrap.indent(text, '    ', lambda line: True)}\n")
     return "\n".join(parts) + "\n"
 
 
 def before(text, step):
-    """The sections of steps before this one. A line in a fence is no heading, whatever a model writes."""
-    kept, fence = [], None
-    for line in text.split("\n"):
-        if fence is None and (heading := re.fullmatch(r"# step (\d+)", line)) and int(heading[1]) >= step:
-            return "".join(kept)
-        if fence is None and re.fullmatch("```+", line):
-            fence = line
-        elif line == fence:
-            fence = None
-        kept.append(line + "\n")
-    return text
+    """The sections of steps before this one. A response is indented, and so no heading."""
+    later = (m.start() for m in re.finditer(r"^# step (\d+)$", text, re.M) if int(m[1]) >= step)
+    return text[:next(later, None)]
 
 
 def cut_samples(out, step, ranks, more=""):

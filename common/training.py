@@ -134,15 +134,6 @@ def make_mesh(ranks):
     return mesh["shard"] if shape[0] == 1 else mesh
 
 
-def set_compiler(checkpointing):
-    """
-    What --checkpointing sets for the whole process. A compiled block is not computed again as a whole: the
-    compiler chooses what to keep, within a share of the memory that keeping everything would take.
-    """
-    torch._functorch.config.activation_memory_budget = 0.3 if checkpointing else 0.85  # 0.85 costs no time
-    torch._functorch.config.is_non_builtin_to_include = checkpointing  # attention is among what it may keep
-
-
 def keep_compiled():
     """What torch.compile has made stays until the end: vLLM collects garbage and need not look there."""
     gc.collect()
@@ -186,8 +177,10 @@ def load_model(path, ranks, mesh, dtype, trainable=True, checkpointing=False, co
              "built as Qwen, Llama or Olmo are")
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     torch._dynamo.config.recompile_limit = 64  # student, teacher, ranges of lengths share a layer's code
-    if trainable:
-        set_compiler(checkpointing)
+    if trainable:  # for the whole process: of a compiled block the compiler chooses what backward keeps,
+        # within a share of the memory that all would take, attention too or not; 0.85 costs no time
+        torch._functorch.config.activation_memory_budget = 0.3 if checkpointing else 0.85
+        torch._functorch.config.is_non_builtin_to_include = checkpointing
     for layer in model.get_decoder().layers:
         if compile:
             layer.forward = torch.compile(layer.forward)

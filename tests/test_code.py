@@ -138,6 +138,11 @@ def test_all_fields_count_and_none_twice():
     assert sorted(tests["cases"]) == sorted(CASES)
 
 
+@pytest.mark.parametrize("more", [{"entry_point": None}, {"entry_point": "", "starter_code": ""}])
+def test_empty_columns_are_none(more):
+    assert code.gold({"tests": PAIRS, **more})[0] == gold_of(*CASES)
+
+
 def test_lists_of_lines_are_joined():
     assert code.gold({"tests": [{"input": [1, "2"], "output": ["a", "b"]}]})[0]["cases"] == [["1\n2", "a\nb"]]
 
@@ -163,6 +168,9 @@ NONE = "field 'tests' gives no test"
      "several outputs are right (it has a checker of its own)"),
     ({"tests": PAIRS, "input_mode": "file"}, "its programs read files"),
     ({"tests": PAIRS, "entry_point": "import os"}, "field 'entry_point' names no function"),
+    ({"tests": PAIRS, "starter_code": "def f(a):"}, "no 'entry_point' names the function that is asked for"),
+    ({"input_output": '{"fn_name": "add", "inputs": [[1, 2]], "outputs": [[3]]}'},
+     "field 'input_output' gives no test"),
     ({"tests": "assert candidate(1) == 3", "entry_point": "f"}, NONE),
     ({"tests": [{"input": "x = open('x')", "output": "3"}], "entry_point": "f"}, NONE),
 ])

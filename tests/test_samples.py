@@ -17,35 +17,35 @@ NASTY = [
     "# step 1\n## p0: right (1 tokens)\n\n````\n# step 0\n````",
     "`````` never closed\r\n# step 2\r",
     "ends with a fence\n```",
+    "other ends of lines\x0b# step 1\u2028# step 1\x85# step 1\f# step 1",
+    "    indented\n\n\n\n# step 1\n",
 ]
 
 
 def responses_in(text):
-    """[(step, title, response)] as a Markdown reader takes them: a fence ends at a line that is as long."""
-    found, step, title, lines = [], None, None, iter(text.split("\n"))
-    for line in lines:
+    """[(step, title, response)]: two kinds of headings, and below the second what is indented."""
+    found, step = [], None
+    for line in text.splitlines(keepends=True):
         if line.startswith("# "):
-            step = line[2:]
+            step = line[2:].strip()
         elif line.startswith("## "):
-            title = line[3:]
-        elif line.startswith("```"):
-            inside = []
-            while not re.fullmatch("`{%d,}" % len(line), (inner := next(lines)).strip()):
-                inside.append(inner)
-            found.append((step, title, "\n".join(inside)))
+            found.append((step, line[3:].strip(), ""))
+        elif line.startswith("    "):
+            found[-1] = (*found[-1][:2], found[-1][2] + line[4:])
         else:
-            assert line == ""
+            assert line == "\n"
     return found
 
 
 def test_whatever_a_model_writes(tmp_path):
-    """Fences and headings in a response stay in its fence, and no section is cut at them."""
+    """Headings in a response are none, and no section is cut at them."""
     steps = {step: section(step, [(f"p{i}", "no answer", 7, i == 0, text) for i, text in enumerate(NASTY)])
              for step in (0, 1, 2, 10)}
     for step, part in steps.items():
         want = [(f"step {step}", f"p{i}: no answer (7 tokens{', truncated' if i == 0 else ''})", text)
                 for i, text in enumerate(NASTY)]
-        assert responses_in(part) == want
+        unended = lambda found: [(*heads, text.removesuffix("\n")) for *heads, text in found]
+        assert unended(responses_in(part)) == unended(want)
     text = "".join(steps.values())
     for step in (0, 1, 2, 3, 10, 11):
         assert before(text, step) == "".join(part for s, part in steps.items() if s < step)
@@ -68,7 +68,7 @@ def test_sections_are_replaced(tmp_path, monkeypatch):
     cut_samples(tmp_path, 1, alone)
     assert there() == section(0, of_file(one))
     add_samples(tmp_path, 1, [(0, "\ud800", "wrong", 1, False, "half of a pair")], alone)  # JSON may hold one
-    assert there().endswith("# step 1\n\n## ?: wrong (1 tokens)\n\n```\nhalf of a pair\n```\n\n")
+    assert there().endswith("# step 1\n\n## ?: wrong (1 tokens)\n\n    half of a pair\n\n")
 
 
 def test_samples_of_a_killed_run(inputs, tmp_path):

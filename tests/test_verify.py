@@ -64,6 +64,22 @@ def test_a_worker_out_of_memory_is_a_crash():
         assert judge([math("5")], ["\\boxed{5}"])[0].correct
 
 
+def test_a_limit_of_memory_that_is_there_already(tmp_path):
+    """As batch systems set it (`ulimit -v`): a worker has its own below."""
+    (tmp_path / "d.jsonl").write_text('{"problem": "?", "answer": "5"}\n')
+    done = subprocess.run(["prlimit", f"--as={30 << 30}:{30 << 30}", sys.executable, ROOT / "verify.py", "--data", tmp_path / "d.jsonl"],
+                          capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and "1 kept" in done.stdout
+
+
+def test_closing_waits_for_no_queue():
+    """After an error nobody asks for the verdicts that are still to come."""
+    judge = verify.Judge(workers=1)
+    asked = [judge.submit(math("5"), "\\boxed{5}") for _ in range(2000)]
+    judge.close()
+    assert sum(future.cancelled() for future in asked) > 1000 and all(future.done() for future in asked)
+
+
 def test_a_killed_worker_is_a_crash_and_is_replaced():
     with verify.Judge(workers=1) as judge:
         judge([math("5")], ["\\boxed{5}"])
@@ -388,7 +404,7 @@ GOOD = '{"id": "a", "problem": "1+1?", "answer": "2"}\n'
     ("d.jsonl", '{"problem": "?"}\n', "dropped: {'no answer': 1}"),
     ("d.jsonl", '{"problem": "?", "answer": {"x": 1}}\n', "field 'answer' is dict"),
     ("d.jsonl", '{"problem": "?", "answer": "((("}\n', "gold cannot be parsed"),
-    ("d.jsonl", '{"problem": "?", "answer": "\\\\text{A\\udc00}"}\n', "half a character in the answer"),
+    ("d.jsonl", '{"problem": "?", "answer": "\\\\text{A\\udc00}"}\n', "half of a surrogate pair in the answer"),
 ])
 def test_a_bad_file_gives_one_clear_line(judge, tmp_path, name, content, says):
     with pytest.raises(SystemExit) as e:
@@ -440,6 +456,7 @@ def test_ranges_share_no_problem(judge, tmp_path, name):
     assert ids(None) == (["p0", "p1", "p2", "p3"], {"same problem as in an earlier row": 8})
     assert ids("0:5") == (["p0", "p1"], {"same problem as in an earlier row": 3})
     assert ids("5:12") == (["p2", "p3"], {"same problem as in an earlier row": 5})
+    assert ids(f"5:{10 ** 30}") == ids("5:12")
     for range_ in ("12:", "20:30"):
         with pytest.raises(SystemExit, match=f"{range_} is empty: none of the 12 rows"):
             verify.load_problems(path, judge, range_=range_)

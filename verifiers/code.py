@@ -36,16 +36,18 @@ def gold(row):
         return None, "several outputs are right (it has a checker of its own)"
     if row.get("input_mode") == "file":
         return None, "its programs read files"
-    entry = row.get("entry_point")
-    if entry is not None and not re.fullmatch(r"([A-Za-z_]\w*\(\)\.)?[A-Za-z_]\w*", str(entry)):
+    entry = row.get("entry_point") or None
+    if entry and not re.fullmatch(r"([A-Za-z_]\w*\(\)\.)?[A-Za-z_]\w*", str(entry)):
         return None, "field 'entry_point' names no function"
+    if row.get("starter_code") and not entry:
+        return None, "no 'entry_point' names the function that is asked for"
     cases, why = [], "no tests"
     for name in filter(row.get, ("official_tests", "tests", "public_test_cases", "examples", "input_output")):
         try:
             found = read_cases(row[name], entry)
         except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
             found = []
-        if not found and name != "examples":  # those may be prose; without the others too few would be left
+        if not found and name != "examples":  # those are often prose, which is no reason to drop the row
             return None, f"field '{name}' gives no test"
         cases += [case for case in found if case not in cases]
         why = why if found else f"field '{name}' gives no test"
@@ -64,6 +66,8 @@ def read_cases(value, entry):
     """[[input, expected], ...] of a field: a list of {input, output}, two columns, or the JSON of either."""
     value = json.loads(value) if isinstance(value, str) else value
     if isinstance(value, dict):
+        if value.get("fn_name") and not entry:  # a function's arguments and result, not lines
+            return []
         columns = [value.get(name, value.get(name + "s")) for name in ("input", "output")]
         pairs = zip(*([x] if isinstance(x, str) else x for x in columns), strict=True)
     else:

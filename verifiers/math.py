@@ -39,7 +39,9 @@ SPELLINGS = [(re.compile(a), b) for a, b in (  # in this order; words and units 
 NAME = re.compile(r"(\|?(?:\\angle )?(?:\\text\{[^{}]*\}|\\?[A-Za-z]+)(?:_\{\w+ ?\}|_\w)*(?:\([^()]{1,9}\))?"
                   r"\|?|\([A-Za-z](?:, ?[A-Za-z])+\)) ?(?:=|\\approx) ?([^=]+)")  # x_1 = f(x) = (x, y) =
 BRACKETS = re.compile(r"([(\[])((?!.*\\c[au]p).*[,;].*)([)\]])")  # of a tuple or interval
+# what the parser would take for another value: arithmetic with infinity, a ratio, two numbers, a bare word
 NO_VALUE = r"[\d^+*/] ?\{?\\infty|\\infty ?[\^+*/-]|[;:\"?#.]|\d +\d|[^\x00-\x7f]|(?<![\\A-Za-z{])[A-Za-z]{4}"
+# (a dollar sign) (a value) (its units); the value is empty where there is none
 MEASURED = re.compile(rf"((?:\\text\{{dollar\}})?)((?:(?!\\text|{NO_VALUE}).)*?)"
                       r"((?:[ /]*\\text\{[^{}]*\}(?:\^\{?-?\d\}?)?)*)")
 
