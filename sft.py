@@ -48,8 +48,8 @@ UNSAID = 0.3
 FLATTERY = re.compile(
     r"(?:\s*(?:(?:yes|indeed)[,!.]?\s+)?(?:"
     r"you(?:'re|’re| are) (?:absolutely |completely |quite )?right"  # and "You're right to ask."
-    r"(?: to\b(?:[^.!?\n]|\.(?=\d))*|[^.!?\n—–,:-]{0,20})(?:[.!?—–,:](?!\d)|--+|-(?!\w))+"
-    r"|(?:thanks|thank you) for\b(?:[^.!?\n—]|\.(?=\d))*[.!?—](?!\d)"
+    r"(?: to\b(?:[^.!?\n]|\.(?=\d))*|[^.!?\n—–,:-]{0,20})(?:[!?—–]|[.,:](?!\d)|--+|-(?!\w))+"
+    r"|(?:thanks|thank you) for\b(?:[^.!?\n—]|\.(?=\d))*(?:[!?—]|\.(?!\d))"
     r"|(?:great|good|nice|excellent) (?:question|catch|point|observation)\b[^.!?\n—]{0,20}[.!?—]"
     r")\s*)*", re.IGNORECASE)
 

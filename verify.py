@@ -306,7 +306,7 @@ class Judge(contextlib.AbstractContextManager):
         return [f.result() for f in [self.submit(p, r) for p, r in zip(problems, responses, strict=True)]]
 
     def close(self, *_):
-        self.pool.shutdown(cancel_futures=True)  # after an error nobody waits for what is still to come
+        self.pool.shutdown(cancel_futures=True)  # after an error (here, below) nobody waits for the rest
         self.workers.close()
 
     __exit__ = close

@@ -24,7 +24,7 @@ def section(step, responses):
 
 def before(text, step):
     """The sections of steps before this one. A response is indented, and so no heading."""
-    later = (m.start() for m in re.finditer(r"^# step (\d+)$", text, re.M) if int(m[1]) >= step)
+    later = (m.start() for m in re.finditer(r"^# step (\d+)\n\n## ", text, re.M) if int(m[1]) >= step)
     return text[:next(later, None)]
 
 

@@ -272,7 +272,7 @@ def add_training_flags(parser):
     add("--dtype", choices=dtypes, default=dtypes[0], help="float32 only on a CPU; it is the default there")
     add("--checkpointing", type=int, choices=(0, 1), default=int(cuda), help="1 (default on cuda): recompute "
         "activations; 0: keep them, and gathered weights too: faster, and larger")
-    add("--compile", type=int, choices=(0, 1), default=int(cuda), help="each block; default: 1 on cuda")
+    add("--compile", type=int, choices=(0, 1), default=int(cuda), help="blocks and loss; default: 1 on cuda")
     add("--flash", type=int, choices=(2, 4), default=2, help="FlashAttention; for 4 see docs/performance.md")
     add("--phrases", type=verify.phrases_flag, help=verify.PHRASES_HELP)
     add("--seed", type=int, default=0)

@@ -456,7 +456,7 @@ def main():
                     return model(batch, select, lambda hidden, head: hidden)
             weights = torch.full((T,), 1 / T, device=ranks.device)
             targets = batch.ids.roll(-1)
-            model(batch, select, lambda hidden, head: chunked_ce(hidden, head, targets, weights, compile=ranks.device.type == "cuda"))[0].backward()
+            model(batch, select, lambda hidden, head: chunked_ce(hidden, head, targets, weights, compile=compile))[0].backward()
 
         def step(batch):
             micro_batch(batch)

@@ -393,7 +393,7 @@ def train(model, data, out, *more):
 
 
 def test_going_on_at_the_border_of_two_stages(qwen, d_revision, tmp_path):
-    """From the end of stage 1: stage 2 begins with an optimizer of its own and ends with the same bits."""
+    """From the end of stage 1: stage 2 begins without moments and ends with the same bits."""
     train(qwen, d_revision, tmp_path / "whole", "--save_every", 6)
     assert sorted(os.listdir(tmp_path / "whole/state")) == ["step-000006", "step-000009"]
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
@@ -539,6 +539,8 @@ class Bytes:
     ("You're right to use 3.5 as the ratio. it is 4.", "It is 4."),
     ("Thanks for the correction: it is $2.50, not $2.05. so 5.", "So 5."),
     ("You're right! ✅ It is 4.", "✅ It is 4."),
+    ("You're absolutely right—12 is the answer.", "12 is the answer."),
+    ("Thank you for catching that—4 is right. So 5.", "4 is right. So 5."),
     ("Great question! ∠ABC = 30.", "∠ABC = 30."),
     ("Good catch. ≥ 4, Ünd 5.", "≥ 4, Ünd 5."),
 ])

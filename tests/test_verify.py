@@ -64,10 +64,11 @@ def test_a_worker_out_of_memory_is_a_crash():
         assert judge([math("5")], ["\\boxed{5}"])[0].correct
 
 
-def test_a_limit_of_memory_that_is_there_already(tmp_path):
-    """As batch systems set it (`ulimit -v`): a worker has its own below."""
+@pytest.mark.parametrize("gib", [3, 30])
+def test_a_limit_of_memory_that_is_there_already(gib, tmp_path):
+    """As batch systems set it (`ulimit -v`): a worker's own is no higher."""
     (tmp_path / "d.jsonl").write_text('{"problem": "?", "answer": "5"}\n')
-    done = subprocess.run(["prlimit", f"--as={30 << 30}:{30 << 30}", sys.executable, ROOT / "verify.py", "--data", tmp_path / "d.jsonl"],
+    done = subprocess.run(["prlimit", f"--as={gib << 30}:{gib << 30}", sys.executable, ROOT / "verify.py", "--data", tmp_path / "d.jsonl"],
                           capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "") and "1 kept" in done.stdout
 

@@ -58,8 +58,9 @@ def worker(mode, memory):
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # they may go to all processes of a run; the Judge decides
         signal.signal(number, signal.SIG_IGN)
-    most = resource.getrlimit(resource.RLIMIT_AS)[1]  # a batch system may have set it
-    resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2**30), most))
+    own, most = int(memory * 2**30), resource.getrlimit(resource.RLIMIT_AS)[1]  # a batch system may set that
+    own = own if most == resource.RLIM_INFINITY else min(own, most)
+    resource.setrlimit(resource.RLIMIT_AS, (own, most))
     requests, replies, null = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1):  # what a verifier, or a program that it starts, reads and prints
         os.dup2(null, descriptor)
