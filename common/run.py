@@ -10,6 +10,7 @@ A run's processes and folder: what every script does before and after its own wo
 Nothing here imports torch before launch(): verify.py does without.
 """
 import argparse
+import atexit
 import fcntl
 import hashlib
 import json
@@ -44,6 +45,8 @@ def launch():
     store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("group", store),
                             rank=rank, world_size=world)
+    if world == 1:  # an error ends it too, or NCCL warns of that; with more ranks it would wait for them
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     shown = sys.excepthook  # torch's by now: a traceback with the rank before each line
 
     def excepthook(kind, error, trace):

@@ -717,6 +717,23 @@ def test_killed_and_resumed(inputs, tmp_path):
     must_see(check_resumed, skips, whole, start)
 
 
+# ------------------------------------------------------------------------------------------------------ error
+
+
+@on_gpu
+def test_an_error_is_all_that_is_printed(tmp_path):
+    """NCCL warns at the end of a process that has left its group open."""
+    left = ("import torch.distributed as dist; dist.init_process_group('cpu:gloo,cuda:nccl', "
+            "store=dist.HashStore(), rank=0, world_size=1); exit('error: planted')")
+    script = [REPO / "kl.py", "--out", tmp_path]
+    for name in ("student", "teacher", "responses"):
+        script += [f"--{name}", tmp_path / "none"]
+    printed = lambda args: subprocess.run([sys.executable, *args], capture_output=True, text=True).stderr
+    seen, planted = printed(script).splitlines(), printed(["-c", left]).splitlines()
+    assert len(seen) == 1 and seen[0].startswith("error:"), seen
+    must_see(within, "lines", len(planted), 1)
+
+
 # ----------------------------------------------------------------------------------------------------- hidden
 
 
