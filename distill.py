@@ -210,13 +210,11 @@ def parse_args():
     return args
 
 
-def main():
-    args = parse_args()
-    ranks = run.launch()
+def distill(args, ranks, judge):
+    """Steps 1 to 5, --steps times, and what watches them."""
     tokenizer = verify.load_tokenizer(args.model)
     verify.same_vocabulary(args.model, tokenizer, args.teacher, verify.load_tokenizer(args.teacher))
     phrases = verify.phrases_of(args.teacher, args.phrases)
-    judge = verify.make_judge(args)
     load = functools.partial(run.from_rank_0, ranks, verify.load_problems)
     problems, dropped = load(args.data, judge, args.range)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
@@ -230,7 +228,6 @@ def main():
         fail(f"--topk {args.topk} is more than the {len(tokenizer)} tokens of the vocabulary; lower it")
     max_teacher_len = min(args.max_teacher_len, verify.context_length(args.teacher))
     if run.open_out(args, ranks, FREE, "final", steps=args.steps):
-        judge.close()
         return run.leave()
     training.settle_flags(args, ranks.device)
 
@@ -331,7 +328,13 @@ def main():
         best = f"; validation {accuracy['val_accuracy']:.3f}, best {progress['best']}" if args.val else ""
         run.say(f"saved {args.out}/final{best}")
     metrics.close()
-    close(judge, sampler)
+    close(sampler)
+
+
+def main():
+    args = parse_args()
+    with verify.make_judge(args) as judge:
+        distill(args, run.launch(), judge)
 
 
 if __name__ == "__main__":

@@ -244,19 +244,16 @@ def parse_args():
     return args
 
 
-def main():
-    args = parse_args()
-    ranks = run.launch()
+def collect(args, ranks, judge):
+    """Steps 1 to 5 for all problems, with all ranks; with --eval the first four, and their measures."""
     tokenizer = verify.load_tokenizer(args.model)
     phrases = verify.phrases_of(args.model, args.phrases)
-    judge = verify.make_judge(args)
     problems, dropped = run.from_rank_0(
         ranks, verify.load_problems, args.data, judge, args.range, args.max_problems)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     longest = check_lengths(args.model, prompts, args.max_tokens)
     keeps = args.num_revisions and not args.eval
     if run.open_out(args, ranks, FREE, "responses.jsonl", target=args.target):
-        judge.close()
         return run.leave()
     if ranks.rank == 0:  # a killed run may have left half a line
         merge(args.out, problems)
@@ -356,7 +353,13 @@ def main():
             print(f"{name:28s} {round(value, 4) if isinstance(value, float) else value}")
         if keeps:
             print(enough(found, args.target))
-    close(judge, sampler)
+    close(sampler)
+
+
+def main():
+    args = parse_args()
+    with verify.make_judge(args) as judge:
+        collect(args, run.launch(), judge)
 
 
 if __name__ == "__main__":

@@ -279,11 +279,10 @@ def serve(coroutines, waiting, judging, stopped, sampler, **how):
     return tokens
 
 
-def close(judge, sampler):
-    """Ends a script's workers, its engine and its process group, which vLLM may have taken down already."""
+def close(sampler):
+    """Ends a script's engine and its process group, which vLLM may have taken down already."""
     gc.unfreeze()  # vLLM and training freeze; at the end triton's bindings would report it as leaked
     dist.barrier()
-    judge.close()
     sampler.close()
     if dist.is_initialized():
         dist.destroy_process_group()
