@@ -55,11 +55,10 @@ DUMMY = Row(x=[0], seen=[0], y=[0], logprobs=[0.0], correct=False, weight=0.0)
 
 def make_row(tokenizer, phrases, problem, x, sample, correct, max_teacher_len):
     """
-    The Row of one sample. Where x, y, P_r, y is longer than max_teacher_len, both copies of y are cut to
-    (max_teacher_len - |x| - |P_r|) / 2 tokens; where not even one fits, y is empty.
+    The Row of one sample. Where x, y, P_r, y is longer than max_teacher_len, both copies of y are cut to fit;
+    where not even one token does, y is empty.
     """
-    before = verify.teacher_reads(tokenizer, problem, x, [], correct, phrases)
-    y = sample.ids[:max(0, (max_teacher_len - len(before)) // 2)]
+    y = verify.fitting(tokenizer, problem, x, sample.ids, correct, phrases, max_teacher_len)
     seen = verify.teacher_reads(tokenizer, problem, x, y, correct, phrases)
     return Row(x, seen, y, sample.logprobs[:len(y)], correct, weight=1.0)
 
@@ -250,9 +249,9 @@ def distill(args, ranks, judge):
     saver = checkpoint.Saver(args.out, args.save_every, ranks.device)
     sampler = make_sampler(args.engine, args.model, tokenizer, longest + args.max_tokens, ranks.device,
                            args.dtype, args.vllm_memory)
-    run.say(f"{len(problems)} problems ({sum(dropped.values())} dropped), {type(sampler).__name__}, "
-            f"phrases {' | '.join(phrases)}, KL {args.kl}{f' top {args.topk}' if args.topk else ''}, "
-            f"from step {progress['step']}")
+    run.say(f"{len(problems)} problems ({sum(dropped.values())} dropped), judged by {args.mode}, "
+            f"{type(sampler).__name__}, phrases {' | '.join(phrases)}, "
+            f"KL {args.kl}{f' top {args.topk}' if args.topk else ''}, from step {progress['step']}")
 
     save = lambda path: checkpoint.save_model(path, student, tokenizer, phrases, args.dtype)
 

@@ -64,7 +64,9 @@ def divergence(log_p, log_q, kind, targets=None):
         p_to_m = -(tail + (-d).clamp(min=0))
         kl_pm = (p * p_to_m).sum(-1)
         return (kl_pm - (q * (tail + d.clamp(min=0))).sum(-1)) / 2, p * (p_to_m - kl_pm[:, None]) / 2
-    return (reverse - (q * d).sum(-1)) / 2, (p * (d - reverse[:, None]) + p - q) / 2  # mixed
+    if kind == "mixed":
+        return (reverse - (q * d).sum(-1)) / 2, (p * (d - reverse[:, None]) + p - q) / 2
+    raise ValueError(f"no divergence here is called {kind!r}")
 
 
 def topk_divergence(log_p, log_q, kind, k):
@@ -187,8 +189,6 @@ def chunked_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, t
     teacher's k largest logits. chunk: rows at a time, 0 = chosen. compile: the elementwise part.
     Raises ValueError for an unknown kind, a topk beyond V, heads of different V.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
     if student_weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(f"vocabulary rows: student {len(student_weight)}, teacher {len(teacher_weight)}")
     if topk > teacher_weight.shape[0] or topk < 0:
@@ -278,13 +278,16 @@ def main():
     for row in tqdm(rows, desc="score", unit="response"):
         problem, whole, correct = verify.Problem.of_row(row), row["y_init_tokens"], row["y_init_correct"]
         x = verify.chat_ids(tokenizer, problem)
-        seen = lambda y: [verify.teacher_reads(tokenizer, problem, x, y, told, phrases) for told in (0, 1)]
-        y = whole[:max(0, (context - max(map(len, seen([])))) // 2)]  # both fit, whatever is told
+        y = whole
+        for told in (False, True):  # it fits, whatever is told
+            y = verify.fitting(tokenizer, problem, x, y, told, phrases, context)
         cut += y != whole
         if not y:
             continue
         row["y_init_tokens"], targets = y, torch.tensor(y, device=ranks.device)
-        p, q = read(student, x, y), [read(teacher, before, y) for before in seen(y)]
+        p, q = read(student, x, y), [
+            read(teacher, verify.teacher_reads(tokenizer, problem, x, y, told, phrases), y)
+            for told in (False, True)]
         after = [chunked_kl(*p, *side, torch.ones_like(targets), targets, args.kl) for side in q]
         true, contrast = after[correct], after[False].teacher_logp - after[True].teacher_logp
         values = torch.stack([true.kl, true.logp, true.teacher_logp, (true.teacher_logp > COPIED).float(),

@@ -87,6 +87,12 @@ def clean(tokenizer, ids, counts, name):
     return kept + end
 
 
+def spells(tokenizer, ids, text):
+    """Whether ids are those of a text, if there is one, blanks aside: those of another tokenizer are not."""
+    letters = lambda text: "".join(text.split())
+    return text is None or letters(tokenizer.decode(ids, skip_special_tokens=True)) == letters(text)
+
+
 class Example(NamedTuple):
     ids: list
     weights: list  # of the loss on each token; 0 for what is only read
@@ -127,6 +133,9 @@ def read_rows(path, objective, tokenizer, phrases, max_len, no_clean, counts):
             continue
         for name in names:
             training.check_ids(row[f"{name}_tokens"], len(tokenizer), f"{path}:{line}")
+            if not rows and not spells(tokenizer, row[f"{name}_tokens"], row.get(name)):
+                fail(f"{path}:{line}: the tokens of {name} are not its text with this model's tokenizer; "
+                     "give the --model that srt.py had, or one with its tokenizer")
             if not no_clean:
                 row[f"{name}_tokens"] = clean(tokenizer, row[f"{name}_tokens"], counts, name)
         ids = tuple(make_example(tokenizer, phrases, row, "rft" if objective == "rft" else "revision").ids)
@@ -278,9 +287,9 @@ def main():
         metrics.report(f"stage {stage + 1} step {step + 1}/{steps[stage]}  loss {loss:.4f}{says}", row)
         last = number + 1 == len(plan)
         if last and p_r < UNSAID and args.objective not in ("rft", "revision"):
-            run.say(f"warning: after y_init the model goes on as P_r begins with a probability of {p_r:.2g}: "
-                    "it will not revise by itself. Train it longer; after two stages, lower --stage2_size "
-                    "or give --objective sum (docs/real.md)")
+            shorter = "lower --stage2_size or give --objective sum" if len(stages) > 1 else "train it longer"
+            run.say("warning: in the last batch P_r's beginning has a mean probability of "
+                    f"{p_r:.2g} after y_init: it will seldom revise by itself; {shorter} (docs/real.md)")
         if saver.after_step(number + 1, tensors, {"step": number + 1}, last):
             metrics.close()
             return run.leave()

@@ -262,8 +262,9 @@ def collect(args, ranks, judge):
     p_r = max(len(verify.control_ids(tokenizer, correct, phrases)) for correct in (False, True))
     max_len = longest + args.max_tokens + (p_r + args.max_tokens if args.num_revisions else 0)
     sampler = make_sampler(args.engine, args.model, tokenizer, max_len, ranks.device, dtype, args.vllm_memory)
-    run.say(f"{len(problems)} problems ({sum(dropped.values())} dropped), {ranks.world} rank(s) on "
-            f"{ranks.device.type}, {type(sampler).__name__} {dtype}, P_r {'|'.join(phrases)}")
+    run.say(f"{len(problems)} problems ({sum(dropped.values())} dropped), judged by {args.mode}, "
+            f"{ranks.world} rank(s) on {ranks.device.type}, {type(sampler).__name__} {dtype}, "
+            f"P_r {'|'.join(phrases)}")
 
     dist.barrier()  # the first engine that is up would take what the others could do
     done = read_rows(args.out)  # what an earlier run of the same command has finished
@@ -284,8 +285,8 @@ def collect(args, ranks, judge):
         """Steps 1 to 4 for the k-th y_init of a problem; counts its right revisions, for --target."""
         init = await respond("y_init", problem, x, {
             "kind": "init", "id": problem.id, "problem": problem.problem,
-            "answer": problem.answer if isinstance(problem.answer, str) else None, "mode": problem.mode,
-            "sample": k})
+            "answer": None if problem.mode == "code" else problem.answer,  # there: tests, which may be large
+            "mode": problem.mode, "instruction": verify.load_verifier(problem.mode).INSTRUCTION, "sample": k})
         r = init["y_init_correct"]
         if init["no_room"]:
             return

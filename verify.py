@@ -15,6 +15,7 @@ prompt, one place where P_r meets tokens, and ids are never decoded and encoded 
     python verify.py --data gsm8k_test.jsonl --responses O/responses.jsonl    # judge again: what changed
 """
 import argparse
+import bisect
 import contextlib
 import itertools
 import json
@@ -42,11 +43,13 @@ class Problem:
     problem: str
     answer: object  # the gold, as the verifier gives it
     mode: str = "math"
+    instruction: str = None  # that it was asked with; None: the verifier's
 
     @staticmethod
     def of_row(row):
         """The problem of a row of responses.jsonl (kind "init") or d_revision.jsonl."""
-        return Problem(str(row["id"]), row["problem"], row.get("answer"), str(row.get("mode", "math")))
+        return Problem(str(row["id"]), row["problem"], row.get("answer"), str(row.get("mode", "math")),
+                       row.get("instruction"))
 
 
 def load_rows(data, flag="--data"):
@@ -79,11 +82,11 @@ def load_rows(data, flag="--data"):
 
 def make_problem(row, where, name, mode):
     """A row's Problem, still without its answer; name: its id where the row has none."""
-    field = next(filter(row.get, PROBLEM_FIELDS), None)
+    field = next((name for name in PROBLEM_FIELDS if str(row.get(name) or "").strip()), None)
     for part in filter(row.get, (field, "starter_code")):
         if not isinstance(row[part], str):
             fail(f"{where}: no problem text: field '{part}' is {type(row[part]).__name__}; text is wanted")
-    if not field or not row[field].strip():
+    if not field:
         fail(f"{where}: no problem text; one of the fields {', '.join(PROBLEM_FIELDS)} is wanted")
     text, starter = row[field].strip(), (row.get("starter_code") or "").strip()
     if row.get("entry_point") and starter not in text:
@@ -130,7 +133,7 @@ def load_problems(data, judge, range_=None, max_problems=None, flag="--data"):
     problems = []
     for problem, gold in asked:
         problem.answer, why = gold.result()
-        if isinstance(problem.answer, str) and LONE.search(problem.answer):
+        if LONE.search(json.dumps(problem.answer, ensure_ascii=False)):
             problem.answer, why = None, "half of a surrogate pair in the answer"
         if problem.answer is None:
             dropped[why] += 1
@@ -223,7 +226,8 @@ def same_vocabulary(student, student_tokenizer, teacher, teacher_tokenizer):
 
 def chat_ids(tokenizer, problem):
     """x: the ids of one user message, problem and the verifier's instruction, with the generation prompt."""
-    message = {"role": "user", "content": problem.problem + "\n\n" + load_verifier(problem.mode).INSTRUCTION}
+    instruction = problem.instruction or load_verifier(problem.mode).INSTRUCTION
+    message = {"role": "user", "content": problem.problem + "\n\n" + instruction}
     return tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
 
 
@@ -247,13 +251,19 @@ def teacher_reads(tokenizer, problem, x_ids, y_ids, correct, phrases):
     return revision_ids(tokenizer, x_ids, y_ids, correct, phrases)
 
 
+def fitting(tokenizer, problem, x_ids, y_ids, correct, phrases, most):
+    """The longest start of y which the teacher can score in `most` tokens, with what it reads before."""
+    tokens = lambda n: len(teacher_reads(tokenizer, problem, x_ids, y_ids[:n], correct, phrases)) + n
+    return y_ids[:bisect.bisect_right(range(1, len(y_ids) + 1), most, key=tokens)]
+
+
 # ------------------------------------------------------------------------------------------------ verdicts
 UNSAFE = ("MODEL-WRITTEN PROGRAMS RUN WITH ALL YOUR RIGHTS: THEY CAN READ, CHANGE AND DELETE YOUR FILES AND "
           "USE YOUR NETWORK")
 
 
 def mode_flag(text):
-    """The argparse type of --mode: a path is made whole, for rows that carry it are read elsewhere too."""
+    """The argparse type of --mode: a path is made whole, so that one file is the same flag anywhere."""
     return os.path.abspath(text) if text.endswith(".py") else text
 
 
@@ -342,6 +352,7 @@ def main():
         print(f"{args.data}: {len(problems)} kept, {sum(dropped.values())} dropped")
         for why, count in dropped.most_common():
             print(f"  {count:6d}  dropped  {why}")
+        print(f"an empty response is judged: {judge.verdict(problems[0], '').reason}")
         if args.responses:
             judge_again(args.responses, {problem.id: problem for problem in problems}, judge)
 

@@ -12,6 +12,7 @@ Nothing here imports torch before launch(): verify.py does without.
 import argparse
 import atexit
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ import tempfile
 import time
 from typing import NamedTuple
 
-from verifiers.pool import load_verifier
+from verifiers.pool import PROJECT, load_verifier
 
 
 class Ranks(NamedTuple):
@@ -116,10 +117,10 @@ def make_out(out):
 
 def open_out(args, ranks, free, product, **wanted):
     """
-    Makes --out, with the flags of the run and a hash of the verifier's source in its flags.json. Flags that
-    differ from those of a run that is in it are named; the program ends if one is not among `free` (a string
-    of names). One that an older flags.json lacked had its default. True, and says so, if that run has ended
-    (`finished`): nothing is to be done then, and its flags stay.
+    Makes --out, with the flags of the run and hashes of the scripts and of the verifier in its flags.json.
+    What differs from a run that is in it is named; the program ends if that is the verifier, or a flag that
+    is not among `free` (a string of names). One that an older flags.json lacked had its default. True, and
+    says so, if that run has ended (`finished`): nothing is to be done then, and its flags stay.
     """
     defaults = vars(args).pop("defaults")
     if ranks.rank == 0:
@@ -133,16 +134,17 @@ def open_out(args, ranks, free, product, **wanted):
             hold(args.out)
         flags = dict(vars(args))
         del flags["out"], flags["fresh"]
+        flags["code"] = digest(sorted(glob.glob(f"{PROJECT}/*.py") + glob.glob(f"{PROJECT}/common/*.py")))
         if "mode" in flags:
-            with open(load_verifier(args.mode).__file__, "rb") as f:
-                flags["verifier"] = hashlib.sha256(f.read()).hexdigest()[:12]
+            flags["verifier"] = digest([load_verifier(args.mode).__file__])
         path = os.path.join(args.out, "flags.json")
         begun = os.path.exists(path) and bool(set(os.listdir(args.out)) - {"flags.json", "flags.json.tmp"})
         before = {**flags, **defaults, **read_object(path)} if begun else flags
         changed = [name for name in flags if before[name] != flags[name]]
         text = ", ".join(f"--{name} {before[name]} -> {flags[name]}" for name in changed)
         text = text.replace("--verifier", "the verifier's source (its hash)")
-        if set(changed) - set(free.split()):
+        text = text.replace("--code", "the code of the scripts (its hash)")
+        if set(changed) - {*free.split(), "code"}:
             fail(f"--out {args.out} was made with other flags: {text}; give the old ones, another --out, or "
                  "--fresh, which renames the old folder and starts over")
         if changed:
@@ -154,6 +156,15 @@ def open_out(args, ranks, free, product, **wanted):
     if ended:
         say(f"{os.path.join(args.out, product)} is there already: nothing to do (--fresh starts over)")
     return ended
+
+
+def digest(paths):
+    """A hash of the contents of files, 12 characters."""
+    whole = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            whole.update(f.read())
+    return whole.hexdigest()[:12]
 
 
 def hold(folder):

@@ -225,7 +225,8 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(n):
 def test_errors():
     hs, ws, ht, wt, w = (x.float() for x in inputs())
     for message, call in {
-        "kind must be": lambda: kl.chunked_kl(hs, ws, ht, wt, w, Y, "revers"),
+        "no divergence here is called 'revers'": lambda: kl.chunked_kl(hs, ws, ht, wt, w, Y, "revers"),
+        "no divergence here is called 'top'": lambda: kl.chunked_kl(hs, ws, ht, wt, w, Y, "top", topk=4),
         "vocabulary": lambda: kl.chunked_kl(hs, ws, ht, wt[:-1], w, Y),
         "topk": lambda: kl.chunked_kl(hs, ws, ht, wt, w, Y, topk=V + 1),
     }.items():

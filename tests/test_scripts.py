@@ -368,6 +368,8 @@ def test_own_reward(guesser, problems_file, tmp_path):
     assert verify.chat_ids(tokenizer, problem) == x and "nothing to do" in run("srt.py", *args).stdout
     (tmp_path / "odd.py").write_text(OWN_REWARD.replace("number == 3", "number == 5"))
     assert "the verifier's source" in run("srt.py", *args, ok=False).stderr
+    (tmp_path / "odd.py").unlink()  # nor does it need the file
+    assert verify.chat_ids(tokenizer, problem) == x and problem.answer == rows[0]["answer"] is not None
 
 
 def test_every_rank_checks_its_machine(qwen, problems_file, tmp_path):
@@ -491,6 +493,20 @@ def test_an_error_waits_for_no_queued_verdict(script, how, qwen, problems_file, 
                "--mode", tmp_path / "slow.py", ok=False, env={"PYTHONPATH": os.path.dirname(verify.__file__)})
     assert done.stderr.startswith("error: [Errno 28] No space left on device; mend this")
     assert 1 <= os.path.getsize(tmp_path / "judged") < 10
+
+
+def test_tuples_of_another_tokenizer(qwen, problems_file, tmp_path):
+    """It has as many tokens, but calls them differently: their ids would train noise."""
+    rows = make_rows(verify.load_tokenizer(qwen), problems_file)
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(qwen, tmp_path / "model")
+    table = json.loads((tmp_path / "model/tokenizer.json").read_text())
+    vocabulary = table["model"]["vocab"]
+    letters = [token for token in vocabulary if len(token) == 1]
+    vocabulary.update(zip(letters, [vocabulary[token] for token in letters[1:] + letters[:1]]))
+    (tmp_path / "model/tokenizer.json").write_text(json.dumps(table))
+    done = run("sft.py", "--model", tmp_path / "model", "--data", tmp_path / "d.jsonl", "--out", tmp_path / "out", ok=False)
+    assert "d.jsonl:1: the tokens of y_init are not its text with this model's tokenizer" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------- all phases

@@ -179,7 +179,7 @@ CARELESS = """
 import os, sys
 INSTRUCTION = ""
 def gold(row):
-    return {"pair": ("5", None), "dict": {"answer": 5, "more": 1}, "two": "60"}[row["answer"]]
+    return {"pair": ("5", None), "dict": {"answer": 5, "more": 1}, "two": "60", "none": (None, None)}[row["answer"]]
 def judge(gold, response, limits):
     if response == "fork" and os.fork() == 0:
         return "wrong"
@@ -192,10 +192,10 @@ def judge(gold, response, limits):
 def test_a_careless_verifier(tmp_path, capfd):
     """A gold that is no pair is dropped and said; an exit is a crash that is shown; a fork left behind gives no verdict."""
     (tmp_path / "careless.py").write_text(CARELESS)
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"problem": a, "answer": a}) + "\n" for a in ("pair", "dict", "two")))
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"problem": a, "answer": a}) + "\n" for a in ("pair", "dict", "two", "none")))
     with verify.Judge(str(tmp_path / "careless.py"), workers=1) as judge:
         (problem,), dropped = verify.load_problems(str(tmp_path / "d.jsonl"), judge)
-        assert problem.answer == "5" and dropped == {"gold: crash": 2}
+        assert problem.answer == "5" and dropped == {"gold: crash": 3}
         assert "(gold, None) or (None, why) is wanted" in capfd.readouterr().err
         verdicts = judge([problem] * 6, ["fork", "exit", "fork", "y", "exit", "y"])
         assert [v.reason for v in verdicts] == ["right", "crash", "right", "right", "crash", "right"]
@@ -243,6 +243,34 @@ def test_a_verifier_that_cannot_be_used_gives_one_clear_line(tmp_path, source, s
     assert "\n" not in str(e.value)
 
 
+def test_a_judge_that_gives_no_word_is_seen_at_once(tmp_path, monkeypatch, capfd):
+    (tmp_path / "bool.py").write_text("INSTRUCTION = ''\ngold = lambda row: (1, None)\njudge = lambda *_: False\n")
+    (tmp_path / "d.jsonl").write_text('{"problem": "a"}\n')
+    monkeypatch.setattr(sys, "argv", ["verify.py", "--mode", str(tmp_path / "bool.py"), "--data", str(tmp_path / "d.jsonl")])
+    verify.main()
+    said = capfd.readouterr()
+    assert "`judge` returned False, a word is wanted" in said.err and "an empty response is judged: crash\n" in said.out
+
+
+def test_a_verifier_that_needs_more_memory_than_it_has(tmp_path):
+    (tmp_path / "large.py").write_text("table = bytearray(2**31)\nINSTRUCTION = ''\njudge = gold = print\n")
+    with pytest.raises(SystemExit, match=r"error: --mode .*large.py: a worker of the judge does not start, in 1.0 GiB"):
+        verify.Judge(str(tmp_path / "large.py"), memory=1.0)
+
+
+def test_what_fits_the_teacher(qwen, monkeypatch):
+    """The longest y, whatever the teacher reads: y once, three times, or not at all; one with an end of turn is read without."""
+    tokenizer, problem, phrases = verify.load_tokenizer(qwen), verify.Problem("a", "1+2=?", "3"), verify.PHRASES["qwen"]
+    x, y = verify.chat_ids(tokenizer, problem), [*range(20), tokenizer.end_ids[0]]
+    plain = verify.teacher_reads
+    for reads in (plain, lambda t, p, x, y, *told: x + 3 * y, lambda t, p, x, y, *told: x):
+        monkeypatch.setattr(verify, "teacher_reads", reads)
+        length = lambda n: len(reads(tokenizer, problem, x, y[:n], True, phrases)) + n
+        for most in range(length(len(y)) + 3):
+            want = max((n for n in range(1, len(y) + 1) if length(n) <= most), default=0)
+            assert verify.fitting(tokenizer, problem, x, y, True, phrases, most) == y[:want]
+
+
 @pytest.mark.parametrize("mode", [5, "poem", ["math"]])
 def test_the_mode_of_a_row_that_cannot_be_used(mode):
     with pytest.raises(SystemExit, match=r"\(or the mode of a row\): .* cannot be used"):
@@ -280,6 +308,9 @@ def test_the_instruction_of_a_row_is_that_of_its_mode(own, qwen):
     for mode in ("math", "code", own):
         verify.chat_ids(tokenizer, verify.Problem.of_row({"id": "a", "problem": "1+1?", "answer": None, "mode": mode}))
     verify.chat_ids(tokenizer, verify.Problem.of_row({"id": "a", "problem": "1+1?"}))
+    told = verify.Problem.of_row({"id": "a", "problem": "1+1?", "mode": "gone.py", "instruction": "As it was."})
+    verify.chat_ids(tokenizer, told)  # whatever has become of the verifier
+    assert seen.pop() == "1+1?\n\nAs it was."
     math_, code, mine, without = seen
     assert mine == "1+1?\n\nAnswer with one word." and "\\boxed{}" in math_ and "fenced code block" in code and without == math_
 
@@ -338,15 +369,19 @@ def open_out(out, ranks, monkeypatch, *given, flags={"--lr": 0.5, "--kl": "rever
 def test_a_flag_that_an_older_run_did_not_know_had_its_default(ranks, tmp_path, monkeypatch, capsys):
     """A run is begun by a version without --kl and --range; later ones may give their defaults only, or a free flag."""
     out = tmp_path / "out"
-    assert open_out(out, ranks, monkeypatch, flags={"--lr": 0.5}) == {"lr": 0.5}
+    code = {"code": open_out(out, ranks, monkeypatch, flags={"--lr": 0.5})["code"]}
+    assert json.loads((out / "flags.json").read_text()) == {"lr": 0.5, **code} and len(code["code"]) == 12
     with pytest.raises(SystemExit, match="--kl reverse -> forward"):
         open_out(out, ranks, monkeypatch, "--kl", "forward")
-    assert json.loads((out / "flags.json").read_text()) == {"lr": 0.5}
-    assert open_out(out, ranks, monkeypatch, "--kl", "reverse") == {"lr": 0.5, "kl": "reverse"}
+    assert json.loads((out / "flags.json").read_text()) == {"lr": 0.5, **code}
+    assert open_out(out, ranks, monkeypatch, "--kl", "reverse") == {"lr": 0.5, "kl": "reverse", **code}
     assert "changed" not in capsys.readouterr().out
     (out / "flags.json").write_text('{"kl": "reverse"}')
-    assert open_out(out, ranks, monkeypatch, "--lr", "0.25") == {"lr": 0.25, "kl": "reverse"}
-    assert "--lr 0.5 -> 0.25" in capsys.readouterr().out
+    assert open_out(out, ranks, monkeypatch, "--lr", "0.25") == {"lr": 0.25, "kl": "reverse", **code}
+    assert capsys.readouterr().out == "flags changed since this run began: --lr 0.5 -> 0.25\n"
+    (out / "flags.json").write_text('{"lr": 0.25, "code": "another"}')  # a fork, or an update: said, no other run
+    assert open_out(out, ranks, monkeypatch, "--lr", "0.25") == {"lr": 0.25, "kl": "reverse", **code}
+    assert f"the code of the scripts (its hash) another -> {code['code']}" in capsys.readouterr().out
     (out / "rows").rename(out / "flags.json.tmp")  # as if two starts had been killed before they did anything
     assert open_out(out, ranks, monkeypatch, "--kl", "forward")["kl"] == "forward"
 

@@ -73,7 +73,7 @@ def worker(mode, memory):
             value = getattr(verifier, function)(*arguments)
             if os.getpid() != me:
                 os._exit(1)  # a fork that `judge` has left behind
-            is_pair = isinstance(value, (tuple, list)) and len(value) == 2
+            is_pair = isinstance(value, (tuple, list)) and len(value) == 2 and value.count(None) == 1
             if not (isinstance(value, str) if function == "judge" else is_pair):
                 wanted = "a word" if function == "judge" else "(gold, None) or (None, why)"
                 raise TypeError(f"`{function}` returned {value!r}, {wanted} is wanted")
@@ -115,7 +115,7 @@ class Workers:
     """
     Processes that ask a verifier, one question at a time; any thread may use them. There is one at first; a
     thread that finds none idle starts another, so that there are as many as threads have asked at once. One
-    that takes too long is stopped. memory: GiB of address space of each. RuntimeError: none starts.
+    that takes too long is stopped. memory: GiB of address space of each. Ends the program if none starts.
     """
 
     def __init__(self, mode, memory):
@@ -166,7 +166,8 @@ class Workers:
             if self.read(process, 300):
                 return process
             self.stop(process)
-        raise RuntimeError(f"a judge worker did not start; run this to see why: {' '.join(process.args)}")
+        raise SystemExit(f"error: --mode {self.mode}: a worker of the judge does not start, in {self.memory} "
+                         f"GiB; this shows why: {' '.join(process.args)}")
 
     def read(self, process, seconds):
         """A line of a worker, b"" if it is dead, None if it takes too long."""
