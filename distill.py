@@ -225,6 +225,8 @@ def distill(args, ranks, judge):
                   for each, flag in ((prompts, "--data"), (val_prompts, "--val")) if each)
     if args.topk > len(tokenizer):
         fail(f"--topk {args.topk} is more than the {len(tokenizer)} tokens of the vocabulary; lower it")
+    if not args.fresh and (made := checkpoint.steps_made(args.out)) > args.steps:
+        fail(f"--steps {args.steps}: the run in {args.out} has made {made}; give as many, or --fresh")
     max_teacher_len = min(args.max_teacher_len, verify.context_length(args.teacher))
     if run.open_out(args, ranks, FREE, "final", steps=args.steps):
         return run.leave()
@@ -240,9 +242,6 @@ def distill(args, ranks, judge):
     tensors = lambda: checkpoint.training_state(student, optimizer, teacher if moving else None)
     progress = {"step": 0, "best": [], "history": [], "worse": None}
     progress |= checkpoint.load_state(args.out, tensors) or {}
-    if progress["step"] > args.steps:
-        fail(f"--steps {args.steps}: the run in {args.out} has made {progress['step']}; give at least as "
-             "many, or --fresh")
     teacher_head = whole_head(teacher, args.dtype)
     metrics = Metrics(args.out, progress["step"], args.tracker)
     cut_samples(args.out, progress["step"] + 1, ranks)  # this step's section is of these very weights
@@ -301,7 +300,7 @@ def distill(args, ranks, judge):
         sums |= tally(rows, samples, verdicts) | {"flops": flops_of(student, teacher, rows)}
         row = log(metrics, args, ranks, step, sums, clock, grad_norm=norm, lr=lr, updated=bool(weight),
                   **accuracy)
-        if row["sync_gap"] > args.max_sync_gap:
+        if not row["sync_gap"] <= args.max_sync_gap:  # nor nan
             fail(f"step {step}: the sampler's log-probabilities differ from the trainer's by "
                  f"{row['sync_gap']:.3f} nats per token (--max_sync_gap {args.max_sync_gap}): its weights "
                  "are stale, or its numerics differ")
@@ -332,8 +331,9 @@ def distill(args, ranks, judge):
 
 def main():
     args = parse_args()
+    ranks = run.launch()
     with verify.make_judge(args) as judge:
-        distill(args, run.launch(), judge)
+        distill(args, ranks, judge)
 
 
 if __name__ == "__main__":

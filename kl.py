@@ -262,6 +262,8 @@ def main():
     if ranks.rank:  # one is enough
         return torch.distributed.destroy_process_group()
     make_out(args.out)  # not after all is scored
+    if os.path.exists(os.path.join(args.out, "flags.json")):
+        fail(f"--out {args.out} is the folder of a run, whose summary.json would go; give another")
     tokenizer = verify.load_tokenizer(args.teacher)
     verify.same_vocabulary(args.student, verify.load_tokenizer(args.student), args.teacher, tokenizer)
     phrases = verify.phrases_of(args.teacher, args.phrases)

@@ -257,7 +257,7 @@ def main():
     steps = [args.epochs * math.ceil(len(examples) / args.batch) for _, examples in stages]
     plan = [(stage, step) for stage in range(len(stages)) for step in range(steps[stage])]
     for number, (stage, step) in list(enumerate(plan))[progress["step"]:]:
-        started = time.time()
+        started = time.perf_counter()
         objective, examples = stages[stage]
         if step == 0:  # each stage begins without moments
             optimizer.state.clear()
@@ -277,7 +277,7 @@ def main():
         lr = (args.stage2_lr or args.lr if stage == 1 else args.lr) * cosine(step, steps[stage])
         norm = training.optimizer_step(model, optimizer, lr, args.clip)
 
-        seconds, lengths = time.time() - started, [len(e.ids) for e in batch]
+        seconds, lengths = time.perf_counter() - started, [len(e.ids) for e in batch]
         flops = 3 * training.forward_flops(model.config, lengths, loss_tokens)
         row = {"step": number, "stage": stage + 1, "objective": objective, "loss": loss,
                "p_r": p_r if args.objective != "rft" else None, "grad_norm": norm, "lr": lr,

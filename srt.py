@@ -180,21 +180,21 @@ class Progress:
 
     def __init__(self, ranks, problems, target):
         self.ranks, self.problems, self.target, self.tokens = ranks, problems, target, 0
-        self.right, self.started, self.shown = defaultdict(list), time.time(), time.time()
+        self.right, self.started, self.shown = defaultdict(list), time.perf_counter(), time.perf_counter()
 
     def judged(self, y, row, tokens=0):
         """A verdict on this rank's y_init or y_revised, for which this run has sampled so many tokens."""
         self.right[y].append(row[f"{y}_correct"])
         self.tokens += tokens
-        if time.time() - self.shown > (0.5 if sys.stderr.isatty() else 60):
+        if time.perf_counter() - self.shown > (0.5 if sys.stderr.isatty() else 60):
             self.show()
 
     def show(self, end=""):
-        self.shown = time.time()
+        self.shown = time.perf_counter()
         if self.ranks.rank:
             return
         count = lambda name: self.ranks.store.add(name, 0)
-        seconds, taken = max(1e-3, time.time() - self.started), min(count("taken"), self.problems)
+        seconds, taken = max(1e-3, time.perf_counter() - self.started), min(count("taken"), self.problems)
         time_left = tqdm.format_interval(seconds / taken * (self.problems - taken)) if taken else "?"
         line = f"problems {taken}/{self.problems} [{tqdm.format_interval(seconds)}<{time_left}]"
         if self.target is not None:
@@ -255,8 +255,9 @@ def collect(args, ranks, judge):
     keeps = args.num_revisions and not args.eval
     if run.open_out(args, ranks, FREE, "responses.jsonl", target=args.target):
         return run.leave()
-    if ranks.rank == 0:  # a killed run may have left half a line
-        merge(args.out, problems)
+    if ranks.rank == 0:
+        merge(args.out, problems)  # a killed run may have left half a line
+        run.begin(args.out)
 
     dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     p_r = max(len(verify.control_ids(tokenizer, correct, phrases)) for correct in (False, True))
@@ -329,11 +330,11 @@ def collect(args, ranks, judge):
         future.add_done_callback(judging.discard)
         return await future
 
-    caught, started = run.catch_signals(), time.time()
+    caught, started = run.catch_signals(), time.perf_counter()
     workers = [work() for _ in range(min(sampler.max_seqs, math.ceil(len(problems) / ranks.world)))]
     tokens = serve(workers, waiting, judging, stopped, sampler, max_tokens=args.max_tokens,
                    temperature=args.temperature, top_p=args.top_p, logprobs=False)
-    seconds = time.time() - started
+    seconds = time.perf_counter() - started
     progress.show("\n")
     file.close()
     tokens_of = [None] * ranks.world
@@ -359,8 +360,9 @@ def collect(args, ranks, judge):
 
 def main():
     args = parse_args()
+    ranks = run.launch()
     with verify.make_judge(args) as judge:
-        collect(args, run.launch(), judge)
+        collect(args, ranks, judge)
 
 
 if __name__ == "__main__":

@@ -315,8 +315,9 @@ class Judge(contextlib.AbstractContextManager):
         """Verdicts of responses[i] to problems[i], in order."""
         return [f.result() for f in [self.submit(p, r) for p, r in zip(problems, responses, strict=True)]]
 
-    def close(self, *_):
-        self.pool.shutdown(cancel_futures=True)  # after an error (here, below) nobody waits for the rest
+    def close(self, error=None, *_):
+        """After an error those that wait are not asked, and those being asked are awaited at the very end."""
+        self.pool.shutdown(wait=not error, cancel_futures=True)
         self.workers.close()
 
     __exit__ = close

@@ -23,9 +23,22 @@ from common.run import fail
 
 
 def replace_folder(tmp, path):
-    """Renames a whole folder into place; rank 0 alone calls it."""
-    shutil.rmtree(path, ignore_errors=True)
+    """Renames a whole folder into place, where another may be; rank 0 alone calls it. See mend."""
+    old = f"{path}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.exists(path):
+        os.rename(path, old)
     os.rename(tmp, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def mend(folder):
+    """What a kill has left here: halves go, and what was to be replaced, and was not, goes back."""
+    for half in folder.glob("*.tmp"):
+        shutil.rmtree(half)
+    for old in folder.glob("*.old"):
+        place = old.with_suffix("")
+        shutil.rmtree(old) if place.exists() else old.rename(place)
 
 
 def save_model(path, model, tokenizer, phrases, dtype):
@@ -85,8 +98,7 @@ class Saver:
     def __init__(self, out, every, device):
         self.folder, self.every, self.device = Path(out, "state"), every, device
         if dist.get_rank() == 0:
-            for half in self.folder.glob("*.tmp"):  # a killed run has left it
-                shutil.rmtree(half)
+            run.begin(out)
         self.caught, self.group = run.catch_signals(), dist.new_group(backend="gloo")
         self.thread, self.writing, self.copies = ThreadPoolExecutor(1), None, {}
 
@@ -142,10 +154,20 @@ def states(folder):
     return sorted(Path(folder).glob("step-*[0-9]"))
 
 
+def steps_made(out):
+    """The step of the newest state."""
+    return max((int(state.name.partition("-")[2]) for state in states(Path(out, "state"))), default=0)
+
+
 def load_state(out, tensors):
     """Reads the newest whole state into tensors(), by any number of ranks. Its progress; None without one."""
+    if dist.get_rank() == 0:
+        mend(Path(out, "state"))
+    dist.barrier()
     found = states(Path(out, "state"))
     if not found:
+        if os.path.exists(os.path.join(out, "final")):
+            fail(f"--out {out} has a final/ but no state/ to go on from; give another --out, or --fresh")
         return None
     try:
         dcp.load(tensors(), checkpoint_id=found[-1])

@@ -30,7 +30,7 @@ class Metrics:
 
     def __init__(self, out, step, tracker=None):
         self.path = os.path.join(out, "metrics.jsonl") if dist.get_rank() == 0 else None
-        self.steps, self.drawn, old = step, time.time(), []
+        self.steps, self.drawn, old = step, time.perf_counter(), []
         if self.path and os.path.exists(self.path):
             old = [row for _, row in run.read_jsonl(self.path, torn_ok=True) if row["step"] < step]
             run.write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in old))
@@ -49,7 +49,7 @@ class Metrics:
             on_gpu += f"  mfu {row['mfu']:.1%}" if row["mfu"] else ""
             print(f"{title}  |g| {row['grad_norm']:.3f}  lr {row['lr']:.2e}  {row['seconds']:.2f} s  "
                   f"{row['tokens_per_s']:.0f} tok/s{on_gpu}", flush=True)
-        if time.time() - self.drawn > 60:
+        if time.perf_counter() - self.drawn > 60:
             self.draw()
 
     def close(self):
@@ -60,7 +60,7 @@ class Metrics:
 
     def draw(self):
         """Starts tests/report.py, if it is there, on curves.png in the run's folder; nothing waits for it."""
-        self.drawn = time.time()
+        self.drawn = time.perf_counter()
         script = Path(__file__).parents[1] / "tests" / "report.py"
         if self.path and self.steps >= 10 and script.exists():
             with contextlib.suppress(OSError):  # a picture is not worth a run
@@ -87,12 +87,12 @@ class Clock:
     """Seconds of each part of a step; waits for the GPU at the end of a part, not within."""
 
     def __init__(self):
-        self.seconds, self.last = {}, time.time()
+        self.seconds, self.last = {}, time.perf_counter()
 
     def lap(self, name):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        now = time.time()
+        now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         self.last = now
 

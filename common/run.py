@@ -11,6 +11,7 @@ Nothing here imports torch before launch(): verify.py does without.
 """
 import argparse
 import atexit
+import contextlib
 import fcntl
 import glob
 import hashlib
@@ -185,6 +186,12 @@ def finished(out, product, **wanted):
     summary, product = (os.path.join(out, name) for name in ("summary.json", product))
     there = os.path.exists(summary) and os.path.exists(product)
     return there and wanted.items() <= read_object(summary).items()
+
+
+def begin(out):
+    """A run that goes on has not finished until it has again: takes its summary.json away."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(out, "summary.json"))
 
 
 def finish(args, ranks, found):

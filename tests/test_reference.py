@@ -136,6 +136,7 @@ def test_distill(sync_every, nproc, guesser, qwen, ranks, tmp_path):
             teacher.load_state_dict(student.state_dict())
         assert row["loss"] == pytest.approx((total / tokens).item(), rel=1e-3) and row["loss"] > 1e-3
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-2) and row["lr"] == pytest.approx(lr)
+        assert row["truncated"] == sum(y[-1] not in tokenizer.end_ids for _, y, _ in sampled) / 8
         assert row["tokens"] == tokens and row["reward"] == pytest.approx(sum(ok for *_, ok in sampled) / 8)
         seen |= {ok for *_, ok in sampled}
     assert seen == {True, False} and nearly_all_close(student, tmp_path / "out/final")

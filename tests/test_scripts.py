@@ -257,11 +257,45 @@ def test_a_verdict_that_comes_at_any_turn_of_the_loop(turns):
     assert written == [True] and not judging
 
 
+def test_what_is_sampled_is_judged_before_a_stop():
+    waiting, judging, written, stop = deque(), set(), [], []
+
+    async def respond():
+        sampled = asyncio.get_running_loop().create_future()
+        waiting.append(Request(sampled, [1], 0))
+        await sampled
+        stop.append(True)
+        judged = asyncio.ensure_future(asyncio.sleep(0.1, "right"))
+        judging.add(judged)
+        judged.add_done_callback(judging.discard)
+        written.append(await judged)
+
+    class Sampler:
+        def stream(self, pull):
+            while (request := pull()) is not None:
+                yield Sample(request, [5, 6], [], False)
+
+    serve([respond(), respond()], waiting, judging, lambda: bool(stop), Sampler())
+    assert written and set(written) == {"right"} and not judging
+
+
+def test_a_merge_that_breaks_loses_nothing(tmp_path, monkeypatch):
+    row = {"kind": "revision", "id": "a", "sample": 0, "revision": 1, "y_revised": "1", "y_revised_correct": True,
+           "y_revised_verdict": "right", "y_revised_tokens": [1], "revised_truncated": False}
+    (tmp_path / "responses.rank0.jsonl").write_text(json.dumps(row) + "\n")
+    with monkeypatch.context() as broken:
+        broken.setattr(srt, "write_rows", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            srt.merge(str(tmp_path), [verify.Problem("a", "", "")])
+    assert srt.read_rows(str(tmp_path)) == {("a", 0, 1): row} and srt.merge(str(tmp_path), [verify.Problem("a", "", "")]) == [row]
+    assert [path.name for path in tmp_path.iterdir()] == ["responses.jsonl"]
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_line_of_progress(terminal, monkeypatch, capsys):
     """Problems, kept, accuracies, speed: one line of at most 100 columns, in its place or one a minute."""
     counts, now = {"taken": 9_000, "kept": 5_432}, [1_000_000.0]
-    monkeypatch.setattr(srt.time, "time", lambda: now[0])
+    monkeypatch.setattr(srt.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(srt.sys.stderr, "isatty", lambda: terminal)
     ranks = Ranks(0, 8, "cpu", SimpleNamespace(add=lambda name, n: counts[name]))
     progress = srt.Progress(ranks, 10_000, 6_000)
@@ -456,11 +490,13 @@ def test_distill(qwen, problems_file, tmp_path):
     assert two[1]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-3)  # later, a rounding error may change a sampled token
 
 
-@pytest.mark.parametrize("more", [["--kl", "jsd", "--topk", 8], ["--kl", "mixed"], ["--sync_every", 2]], ids=lambda m: m[-1])
+@pytest.mark.parametrize("more", [["--kl", "jsd", "--topk", 8], ["--kl", "mixed"], ["--sync_every", 2], ["--temperature", 0.5]],
+                         ids=lambda m: m[-1])
 def test_distill_variants(more, qwen, problems_file, tmp_path):
+    """The sampler's log-probabilities are the model's whatever the temperature."""
     run("distill.py", "--model", qwen, "--data", problems_file, "--out", tmp_path / "out", *DISTILL, *more)
     rows = read(tmp_path / "out/metrics.jsonl")
-    assert len(rows) == 4 and all(row["loss"] >= 0 for row in rows)
+    assert len(rows) == 4 and all(row["loss"] >= 0 and row["sync_gap"] < 1e-4 for row in rows)
 
 
 def test_sabotaged_sync_stops_the_run(qwen, problems_file, tmp_path):

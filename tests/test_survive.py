@@ -1,4 +1,5 @@
 """Runs that survive: killed, signalled, resumed with other ranks, on several nodes, with broken disks and bad input."""
+import contextlib
 import importlib.util
 import json
 import os
@@ -22,8 +23,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import srt
 import verify
+import common.run
 from common import checkpoint, training
-from common.run import launch, mendable
+from common.metrics import Metrics
+from common.run import launch, mendable, write_atomically
+from common.sampler import HFSampler
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,96 @@ def test_chaos(tmp_path):
     for script, blows, same, seconds in chaos.table(chaos.Forked, tmp_path, 3, 2, 2, random.Random(seed)):
         print(f"seed {seed} {script} {blows} {'equal' if same else 'DIFFERENT'} {seconds:.1f} s")
         assert same, (script, blows)
+
+
+def test_a_kill_while_a_folder_is_replaced(tmp_path, monkeypatch):
+    """Whichever call is the last: what stands there when the run goes on is whole, the old one or the new."""
+    found = []
+    for last in range(6):
+        folder, calls = tmp_path / str(last), []
+        for name, text in (("step-000003", "old"), ("step-000003.tmp", "new")):
+            (folder / name).mkdir(parents=True)
+            for part in "ab":
+                (folder / name / part).write_text(text)
+
+        def dying(call):
+            def until(*args, **how):
+                if len(calls) == last:
+                    raise KeyboardInterrupt
+                calls.append(call(*args, **how))
+            return until
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "rename", dying(os.rename))
+            patched.setattr(shutil, "rmtree", dying(shutil.rmtree))
+            with contextlib.suppress(KeyboardInterrupt):
+                checkpoint.replace_folder(folder / "step-000003.tmp", folder / "step-000003")
+        checkpoint.mend(folder)
+        state, = checkpoint.states(folder)
+        assert list(folder.iterdir()) == [state] and sorted(os.listdir(state)) == ["a", "b"]
+        old, = {part.read_text() for part in state.iterdir()}
+        found.append(old)
+    assert found == ["old"] * 3 + ["new"] * 3
+
+
+def test_half_a_line_and_half_a_file(tmp_path, monkeypatch):
+    """What a kill has left of the last row goes; a file is written whole or stays as it was."""
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"st')
+    Metrics(str(tmp_path), 1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n'
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(str(tmp_path / "metrics.jsonl"), "x" * 10**5 + "\ud800")
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n'
+
+
+def exits(where, name, when):
+    """For `patch`: the process ends, without a word, where a function is about to be called so."""
+    def patch(rank):
+        call = getattr(where, name)
+        setattr(where, name, lambda *args, **how: os._exit(9) if when(*args) else call(*args, **how))
+    return patch
+
+
+def test_a_moving_teacher_goes_on(inputs, tmp_path):
+    """Its head is that of the state, and --stop_when_worse knows all steps."""
+    args = [*inputs["distill.py"], "--sync_every", 2, "--save_every", 3, "--steps", 6]
+    go("distill.py", [*args, "--out", tmp_path / "whole"], tmp_path)
+    go("distill.py", [*args, "--out", tmp_path / "out"], tmp_path, ok=False,
+       patch=exits(Metrics, "report", lambda self, title, row: row["step"] == 4))
+    assert "from step 3" in go("distill.py", [*args, "--out", tmp_path / "out"], tmp_path)[0]
+    assert chaos.equal("distill.py", tmp_path / "whole", tmp_path / "out")
+    for out in ("whole", "out"):
+        assert len(json.load(open(tmp_path / out / "state/step-000006/progress.json"))["history"]) == 6
+
+
+def test_a_run_that_goes_on_has_not_finished(inputs, tmp_path):
+    """
+    Killed when final/ is new and summary.json would come: the old command is refused, and leaves all as it was. Without its state
+    a finished run does not begin again.
+    """
+    out = tmp_path / "out"
+    start = lambda *more, **how: go("distill.py", [*inputs["distill.py"], "--out", out, *more], tmp_path, **how)
+    start("--steps", 1)
+    start("--steps", 2, ok=False, patch=exits(common.run, "finish", lambda *_: True))
+    assert (out / "final").exists() and not (out / "summary.json").exists()
+    before = (out / "flags.json").read_text()
+    assert f"the run in {out} has made 2; give as many, or --fresh" in start("--steps", 1, "--lr", 7, ok=False)[1]
+    assert (out / "flags.json").read_text() == before
+    start("--steps", 2)
+    assert json.load(open(out / "summary.json"))["steps"] == 2
+    shutil.rmtree(out / "state")
+    rows = read(out / "metrics.jsonl")
+    assert "has a final/ but no state/ to go on from" in start("--steps", 3, ok=False)[1]
+    assert read(out / "metrics.jsonl") == rows and len(rows) == 2 and (out / "summary.json").exists()
+
+
+def test_log_probabilities_that_are_no_numbers(inputs, tmp_path):
+    def patch(rank):
+        whole = HFSampler.sample
+        HFSampler.sample = lambda *args: (y._replace(logprobs=[float("nan")] * len(y.ids)) for y in whole(*args))
+    _, err = go("distill.py", [*inputs["distill.py"], "--out", tmp_path / "out"], tmp_path, ok=False, patch=patch)
+    assert "differ from the trainer's by nan nats" in err and not (tmp_path / "out/final").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- signals
@@ -165,10 +259,14 @@ def test_p_r_of_the_data(inputs, tmp_path):
     assert "d.jsonl:4: P_r is" in one_error(err) and "--phrases" in err and not (tmp_path / "out").exists()
 
 
-def test_one_run_at_a_time(inputs, whole, tmp_path):
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]], ids=["", "fresh"])
+def test_one_run_at_a_time(fresh, inputs, whole, tmp_path):
     """A second run into the same folder ends with a line, also with --fresh; nothing is touched. The first goes on."""
     out, args = tmp_path / "out", [*inputs["sft.py"], "--out", tmp_path / "out"]
-    run = chaos.Forked("sft.py", args, 1, tmp_path / "log")
+    if fresh:  # the folder that the first one makes in place of the old is held, too
+        out.mkdir()
+        (out / "old").touch()
+    run = chaos.Forked("sft.py", [*args, *fresh], 1, tmp_path / "log")
     wait_for(lambda: rows_of(out / "metrics.jsonl") >= 1)
     os.kill(run.pids[0], signal.SIGSTOP)
     before = sorted(out.rglob("*"))

@@ -189,8 +189,9 @@ class Workers:
         process.stdin = process.stdout = None
 
     def close(self):
-        for process in self.idle:
-            self.stop(process)
+        with contextlib.suppress(IndexError):  # none is left; what is asked meanwhile may add one
+            while True:
+                self.stop(self.idle.pop())
 
 
 if __name__ == "__main__":
