@@ -58,7 +58,6 @@ class Forked:
     def __init__(self, script, args, nproc, log, patch=lambda rank: None, per_node=None):
         assert not torch.distributed.is_initialized(), "a process group cannot be forked"
         gc.collect()  # nor one that is garbage: a fork that collects it waits for threads that it has not
-        gc.freeze()
         port, self.pids, self.codes = free_port(), [], {}
         for rank in range(nproc):
             pid = os.fork()
