@@ -242,6 +242,7 @@ def distill(args, ranks, judge):
     tensors = lambda: checkpoint.training_state(student, optimizer, teacher if moving else None)
     progress = {"step": 0, "best": [], "history": [], "worse": None}
     progress |= checkpoint.load_state(args.out, tensors) or {}
+    run.begin(args, ranks)
     teacher_head = whole_head(teacher, args.dtype)
     metrics = Metrics(args.out, progress["step"], args.tracker)
     cut_samples(args.out, progress["step"] + 1, ranks)  # this step's section is of these very weights

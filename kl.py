@@ -280,16 +280,14 @@ def main():
     for row in tqdm(rows, desc="score", unit="response"):
         problem, whole, correct = verify.Problem.of_row(row), row["y_init_tokens"], row["y_init_correct"]
         x = verify.chat_ids(tokenizer, problem)
-        y = whole
-        for told in (False, True):  # it fits, whatever is told
-            y = verify.fitting(tokenizer, problem, x, y, told, phrases, context)
+        y = min((verify.fitting(tokenizer, problem, x, whole, told, phrases, context)
+                 for told in (False, True)), key=len)  # it fits, whatever is told
         cut += y != whole
         if not y:
             continue
         row["y_init_tokens"], targets = y, torch.tensor(y, device=ranks.device)
-        p, q = read(student, x, y), [
-            read(teacher, verify.teacher_reads(tokenizer, problem, x, y, told, phrases), y)
-            for told in (False, True)]
+        seen = [verify.teacher_reads(tokenizer, problem, x, y, told, phrases) for told in (False, True)]
+        p, q = read(student, x, y), [read(teacher, before, y) for before in seen]
         after = [chunked_kl(*p, *side, torch.ones_like(targets), targets, args.kl) for side in q]
         true, contrast = after[correct], after[False].teacher_logp - after[True].teacher_logp
         values = torch.stack([true.kl, true.logp, true.teacher_logp, (true.teacher_logp > COPIED).float(),

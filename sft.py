@@ -251,6 +251,7 @@ def main():
     optimizer = training.make_optimizer(model, args.weight_decay, betas=(0.9, 0.95))
     tensors = lambda: checkpoint.training_state(model, optimizer)
     progress = checkpoint.load_state(args.out, tensors) or {"step": 0}
+    run.begin(args, ranks)
     metrics = Metrics(args.out, progress["step"], args.tracker)
     saver = checkpoint.Saver(args.out, args.save_every, ranks.device)
 
@@ -287,9 +288,9 @@ def main():
         metrics.report(f"stage {stage + 1} step {step + 1}/{steps[stage]}  loss {loss:.4f}{says}", row)
         last = number + 1 == len(plan)
         if last and p_r < UNSAID and args.objective not in ("rft", "revision"):
-            shorter = "lower --stage2_size or give --objective sum" if len(stages) > 1 else "train it longer"
+            advice = "lower --stage2_size or give --objective sum" if len(stages) > 1 else "train it longer"
             run.say("warning: in the last batch P_r's beginning has a mean probability of "
-                    f"{p_r:.2g} after y_init: it will seldom revise by itself; {shorter} (docs/real.md)")
+                    f"{p_r:.2g} after y_init: it will seldom revise by itself; {advice} (docs/real.md)")
         if saver.after_step(number + 1, tensors, {"step": number + 1}, last):
             metrics.close()
             return run.leave()

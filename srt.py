@@ -255,9 +255,9 @@ def collect(args, ranks, judge):
     keeps = args.num_revisions and not args.eval
     if run.open_out(args, ranks, FREE, "responses.jsonl", target=args.target):
         return run.leave()
-    if ranks.rank == 0:
-        merge(args.out, problems)  # a killed run may have left half a line
-        run.begin(args.out)
+    if ranks.rank == 0:  # a killed run may have left half a line
+        merge(args.out, problems)
+    run.begin(args, ranks)
 
     dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     p_r = max(len(verify.control_ids(tokenizer, correct, phrases)) for correct in (False, True))
@@ -287,7 +287,7 @@ def collect(args, ranks, judge):
         init = await respond("y_init", problem, x, {
             "kind": "init", "id": problem.id, "problem": problem.problem,
             "answer": None if problem.mode == "code" else problem.answer,  # there: tests, which may be large
-            "mode": problem.mode, "instruction": verify.load_verifier(problem.mode).INSTRUCTION, "sample": k})
+            "mode": problem.mode, "instruction": problem.instruction, "sample": k})
         r = init["y_init_correct"]
         if init["no_room"]:
             return

@@ -43,7 +43,11 @@ class Problem:
     problem: str
     answer: object  # the gold, as the verifier gives it
     mode: str = "math"
-    instruction: str = None  # that it was asked with; None: the verifier's
+    instruction: str = None  # after the problem in the prompt; None: the verifier's
+
+    def __post_init__(self):
+        if self.instruction is None:
+            self.instruction = load_verifier(self.mode).INSTRUCTION
 
     @staticmethod
     def of_row(row):
@@ -226,8 +230,7 @@ def same_vocabulary(student, student_tokenizer, teacher, teacher_tokenizer):
 
 def chat_ids(tokenizer, problem):
     """x: the ids of one user message, problem and the verifier's instruction, with the generation prompt."""
-    instruction = problem.instruction or load_verifier(problem.mode).INSTRUCTION
-    message = {"role": "user", "content": problem.problem + "\n\n" + instruction}
+    message = {"role": "user", "content": problem.problem + "\n\n" + problem.instruction}
     return tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
 
 

@@ -97,8 +97,6 @@ class Saver:
 
     def __init__(self, out, every, device):
         self.folder, self.every, self.device = Path(out, "state"), every, device
-        if dist.get_rank() == 0:
-            run.begin(out)
         self.caught, self.group = run.catch_signals(), dist.new_group(backend="gloo")
         self.thread, self.writing, self.copies = ThreadPoolExecutor(1), None, {}
 

@@ -188,10 +188,11 @@ def finished(out, product, **wanted):
     return there and wanted.items() <= read_object(summary).items()
 
 
-def begin(out):
+def begin(args, ranks):
     """A run that goes on has not finished until it has again: takes its summary.json away."""
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(os.path.join(out, "summary.json"))
+    if ranks.rank == 0:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(args.out, "summary.json"))
 
 
 def finish(args, ranks, found):

@@ -311,6 +311,8 @@ def test_the_instruction_of_a_row_is_that_of_its_mode(own, qwen):
     told = verify.Problem.of_row({"id": "a", "problem": "1+1?", "mode": "gone.py", "instruction": "As it was."})
     verify.chat_ids(tokenizer, told)  # whatever has become of the verifier
     assert seen.pop() == "1+1?\n\nAs it was."
+    verify.chat_ids(tokenizer, verify.Problem.of_row({"id": "a", "problem": "1+1?", "mode": "gone.py", "instruction": ""}))
+    assert seen.pop() == "1+1?\n\n"
     math_, code, mine, without = seen
     assert mine == "1+1?\n\nAnswer with one word." and "\\boxed{}" in math_ and "fenced code block" in code and without == math_
 
