@@ -515,14 +515,15 @@ def test_sabotaged_sync_stops_the_run(qwen, problems_file, tmp_path):
 
 @pytest.mark.parametrize("script, how", [("srt.py", SRT), ("distill.py", [*DISTILL, "--batch", 30])], ids=["srt", "distill"])
 def test_an_error_waits_for_no_queued_verdict(script, how, qwen, problems_file, tmp_path):
-    """The sampler breaks when all is sampled, and nearly nothing judged: the run ends, and who is queued is not asked."""
+    """The sampler breaks when all is sampled, and one verdict begun: the run ends, and who is queued is not asked."""
     (tmp_path / "slow.py").write_text(
         "import time\nINSTRUCTION = ''\ngold = lambda row: (str(row['answer']), None)\n"
         "def judge(gold, response, limits):\n"
         f"    open({str(tmp_path / 'judged')!r}, 'a').write('.')\n    time.sleep(1)\n    return 'wrong'\n")
     (tmp_path / "breaks.py").write_text(
-        f"import os, {script[:-3]}\nfrom common.sampler import HFSampler\nwhole = HFSampler.sample\n"
-        "def sample(*args):\n    yield from whole(*args)\n    raise OSError(28, 'No space left on device')\n"
+        f"import os, time, {script[:-3]}\nfrom common.sampler import HFSampler\nwhole = HFSampler.sample\n"
+        f"def sample(*args):\n    yield from whole(*args)\n    while not os.path.exists({str(tmp_path / 'judged')!r}):\n"
+        "        time.sleep(.01)\n    raise OSError(28, 'No space left on device')\n"
         "HFSampler.sample = sample\nos.sched_setaffinity(0, [*os.sched_getaffinity(0)][:1])  # one verdict at a time\n"
         f"{script[:-3]}.main()\n")
     done = run(tmp_path / "breaks.py", "--model", qwen, "--data", problems_file, "--out", tmp_path / "out", *how,
