@@ -214,7 +214,7 @@ def distill(args, ranks, judge):
     tokenizer = verify.load_tokenizer(args.model)
     verify.same_vocabulary(args.model, tokenizer, args.teacher, verify.load_tokenizer(args.teacher))
     phrases = verify.phrases_of(args.teacher, args.phrases)
-    load = functools.partial(run.from_rank_0, ranks, verify.load_problems)
+    load = functools.partial(run.from_rank_0, verify.load_problems)
     problems, dropped = load(args.data, judge, args.range)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     val_problems = load(args.val, judge, args.val_range, flag="--val")[0] if args.val else []

@@ -249,7 +249,7 @@ def collect(args, ranks, judge):
     tokenizer = verify.load_tokenizer(args.model)
     phrases = verify.phrases_of(args.model, args.phrases)
     problems, dropped = run.from_rank_0(
-        ranks, verify.load_problems, args.data, judge, args.range, args.max_problems)
+        verify.load_problems, args.data, judge, args.range, args.max_problems)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     longest = check_lengths(args.model, prompts, args.max_tokens)
     keeps = args.num_revisions and not args.eval

@@ -111,38 +111,43 @@ def load_problems(data, judge, range_=None, max_problems=None, flag="--data"):
     """
     Problems of a file or hub name (load_rows), in order, and a Counter of why others were dropped. range_:
     "A:B", rows as they stand in the file. A row that repeats the text of an earlier one, in the range or
-    before it, is dropped, so that phases given disjoint ranges see disjoint questions. flag: what named them.
-    Ends the program if nothing is left, if two problems have one id, and on rows without a problem.
+    before it, is dropped, so that phases given disjoint ranges see disjoint questions. max_problems: read no
+    further than they need, but for the 200 rows that are judged at once. flag: what named the data. Ends the
+    program if nothing is left, if two problems have one id, and on rows without a problem.
     """
     match = re.fullmatch(r"(\d*):(\d*)", range_ or ":")
     if not match:
         fail(f"{range_of(flag)} {range_}: A:B is wanted, two row numbers such as 0:10000")
     start, stop = int(match[1] or 0), min(int(match[2] or sys.maxsize), sys.maxsize)
     stem = os.path.basename(data).split(".")[0]
-    asked, dropped, text_of, texts, number = [], Counter(), {}, set(), 0
-    for number, (where, row) in enumerate(itertools.islice(load_rows(data, flag), stop), 1):  # from 1
-        problem = make_problem(row, where, f"{stem}-{number - 1}", judge.mode)
-        text = problem.problem
-        if text_of.setdefault(problem.id, text) != text:
-            fail(f"{where}: an earlier row with other text has the id {problem.id!r}; ids must differ")
-        if number > start and text in texts:  # codeforces-cots has a row for each of several solutions
-            dropped["same problem as in an earlier row"] += 1
-        elif number > start:
-            asked.append((problem, judge.pool.submit(judge.gold, row)))
-            if len(asked) > 200:
-                asked[-200][1].result()  # no more rows than these wait in memory
-        texts.add(text)
+    problems, dropped, text_of, texts, number = [], Counter(), {}, set(), 0
+
+    def golds():
+        """(Problem, Future of its gold and why it has none) of each row of the range, every text once."""
+        nonlocal number
+        for number, (where, row) in enumerate(itertools.islice(load_rows(data, flag), stop), 1):  # from 1
+            problem = make_problem(row, where, f"{stem}-{number - 1}", judge.mode)
+            text = problem.problem
+            if text_of.setdefault(problem.id, text) != text:
+                fail(f"{where}: an earlier row with other text has the id {problem.id!r}; ids must differ")
+            if number > start and text in texts:  # codeforces-cots has a row for each of several solutions
+                dropped["same problem as in an earlier row"] += 1
+            elif number > start:
+                yield problem, judge.pool.submit(judge.gold, row)
+            texts.add(text)
+
+    asked = golds()
+    while len(problems) < (max_problems or sys.maxsize) and (part := list(itertools.islice(asked, 200))):
+        for problem, gold in part:
+            problem.answer, why = gold.result()
+            if LONE.search(json.dumps(problem.answer, ensure_ascii=False)):
+                problem.answer, why = None, "half of a surrogate pair in the answer"
+            if problem.answer is None:
+                dropped[why] += 1
+            else:
+                problems.append(problem)
     if range_ and number <= start:
         fail(f"{range_of(flag)} {range_} is empty: none of the {number} rows up to its end is in it")
-    problems = []
-    for problem, gold in asked:
-        problem.answer, why = gold.result()
-        if LONE.search(json.dumps(problem.answer, ensure_ascii=False)):
-            problem.answer, why = None, "half of a surrogate pair in the answer"
-        if problem.answer is None:
-            dropped[why] += 1
-        else:
-            problems.append(problem)
     if not problems:
         why = dict(dropped) or "none, it is empty"
         fail(f"{flag} {data}: no problem is left of {number - start}; dropped: {why}")
@@ -319,7 +324,7 @@ class Judge(contextlib.AbstractContextManager):
         return [f.result() for f in [self.submit(p, r) for p, r in zip(problems, responses, strict=True)]]
 
     def close(self, error=None, *_):
-        """After an error those that wait are not asked, and those being asked are awaited at the very end."""
+        """After an error those that wait are not asked, and those that are being asked are stopped."""
         self.pool.shutdown(wait=not error, cancel_futures=True)
         self.workers.close()
 

@@ -62,7 +62,8 @@ def keep_best(out, best, step, accuracy, save, keep=3):
     name = "step-{:06d}".format
     # not this step, which a finished run that goes on validates again, nor one that has gone for a better
     # one of steps that a kill has taken
-    there = [b for b in best if b[1] != step and os.path.isdir(os.path.join(out, "best", name(b[1])))]
+    there = run.from_rank_0(lambda: [
+        b for b in best if b[1] != step and os.path.isdir(os.path.join(out, "best", name(b[1])))])
     ranked = sorted(there + [[accuracy, step]], key=lambda b: (-b[0], b[1]))[:keep]
     if [accuracy, step] in ranked:
         save(os.path.join(out, "best", name(step)))
@@ -149,7 +150,7 @@ class StateWriter(dcp.FileSystemWriter):
 
 def states(folder):
     """Whole states in out/state, oldest first."""
-    return sorted(Path(folder).glob("step-*[0-9]"))
+    return sorted(Path(folder).glob("step-" + 6 * "[0-9]"))
 
 
 def steps_made(out):
@@ -159,12 +160,11 @@ def steps_made(out):
 
 def load_state(out, tensors):
     """Reads the newest whole state into tensors(), by any number of ranks. Its progress; None without one."""
-    if dist.get_rank() == 0:
-        mend(Path(out, "state"))
-    dist.barrier()
-    found = states(Path(out, "state"))
+    folder = Path(out, "state")
+    found, ended = run.from_rank_0(
+        lambda: (mend(folder) or states(folder), os.path.exists(os.path.join(out, "final"))))
     if not found:
-        if os.path.exists(os.path.join(out, "final")):
+        if ended:
             fail(f"--out {out} has a final/ but no state/ to go on from; give another --out, or --fresh")
         return None
     try:

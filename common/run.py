@@ -80,14 +80,15 @@ def mendable(error):
         return f"{text}; mend this{full}: nothing whole is lost, and the same command goes on"
 
 
-def from_rank_0(ranks, make, *args, **how):
+def from_rank_0(make, *args, **how):
     """
-    What make(*args, **how) returns on rank 0, on every rank: where limits of time decide, each could find
-    another. The others wait for it, no longer than torch lets them (30 minutes).
+    What make(*args, **how) returns on rank 0, on every rank: where limits of time decide, or a disk that
+    several nodes share, each could find another. The others wait for it, no longer than torch lets them (30
+    minutes).
     """
     import torch
     import torch.distributed as dist
-    made = [None if ranks.rank else make(*args, **how)]
+    made = [None if dist.get_rank() else make(*args, **how)]
     dist.broadcast_object_list(made, device=torch.device("cpu"))
     return made[0]
 
@@ -153,7 +154,7 @@ def open_out(args, ranks, free, product, **wanted):
         ended = finished(args.out, product, **wanted)
         if not ended:
             write_atomically(path, json.dumps(flags, indent=1) + "\n")
-    ended = from_rank_0(ranks, lambda: ended)
+    ended = from_rank_0(lambda: ended)
     if ended:
         say(f"{os.path.join(args.out, product)} is there already: nothing to do (--fresh starts over)")
     return ended

@@ -261,21 +261,23 @@ def serve(coroutines, waiting, judging, stopped, sampler, **how):
             runner.run(asyncio.sleep(0))
             return waiting.popleft() if waiting else None
 
-        while not everything.done() and not stopped():
-            for sample in sampler.stream(pull, **how):
-                sample.request.key.set_result(sample)
-                runner.run(asyncio.sleep(0))  # it is judged now, also where no new prompt is asked for
-                tokens += len(sample.ids)
-                if everything.done() or stopped():
-                    break  # what is half-sampled is asked for again, with the same seeds
-            if judging:  # a copy, here and below: `judging` may lose its last one before the wait begins
-                runner.run(asyncio.wait({*judging}, return_when=asyncio.FIRST_COMPLETED))
-        runner.run(asyncio.sleep(0))
-        while judging and not everything.done():  # what is sampled is judged and written
-            runner.run(asyncio.wait({*judging}))
-        everything.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            runner.run(asyncio.wait_for(everything, None))  # raises what broke one
+        try:
+            while not everything.done() and not stopped():
+                for sample in sampler.stream(pull, **how):
+                    sample.request.key.set_result(sample)
+                    runner.run(asyncio.sleep(0))  # it is judged now, also where no new prompt is asked for
+                    tokens += len(sample.ids)
+                    if everything.done() or stopped():
+                        break  # what is half-sampled is asked for again, with the same seeds
+                if judging:  # a copy, here and below: `judging` may lose its last one before the wait begins
+                    runner.run(asyncio.wait({*judging}, return_when=asyncio.FIRST_COMPLETED))
+            runner.run(asyncio.sleep(0))
+            while judging and not everything.done():  # what is sampled is judged and written
+                runner.run(asyncio.wait({*judging}))
+        finally:  # also where the sampler breaks
+            everything.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                runner.run(asyncio.wait_for(everything, None))  # raises what broke one
     return tokens
 
 

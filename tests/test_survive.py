@@ -269,11 +269,13 @@ def test_one_run_at_a_time(fresh, inputs, whole, tmp_path):
     run = chaos.Forked("sft.py", [*args, *fresh], 1, tmp_path / "log")
     wait_for(lambda: rows_of(out / "metrics.jsonl") >= 1)
     os.kill(run.pids[0], signal.SIGSTOP)
-    before = sorted(out.rglob("*"))
-    for more in ([], ["--fresh"]):
-        _, err = go("sft.py", [*args, *more], tmp_path, ok=False)
-        assert f"--out {out}: another run is at work there" in err and sorted(out.rglob("*")) == before
-    os.kill(run.pids[0], signal.SIGCONT)
+    try:
+        before = sorted(out.rglob("*"))
+        for more in ([], ["--fresh"]):
+            _, err = go("sft.py", [*args, *more], tmp_path, ok=False)
+            assert f"--out {out}: another run is at work there" in err and sorted(out.rglob("*")) == before
+    finally:
+        os.kill(run.pids[0], signal.SIGCONT)
     assert run.wait(60) and chaos.equal("sft.py", whole / "sft.py", out)
 
 

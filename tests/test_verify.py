@@ -18,6 +18,7 @@ import verify  # noqa: E402
 from common import run  # noqa: E402
 from common.sampler import check_lengths  # noqa: E402
 from conftest import seconds_of_children, two_cores  # noqa: E402
+from verifiers.pool import descendants  # noqa: E402
 
 
 def math(gold):
@@ -79,6 +80,22 @@ def test_closing_waits_for_no_queue():
     asked = [judge.submit(math("5"), "\\boxed{5}") for _ in range(2000)]
     judge.close()
     assert sum(future.cancelled() for future in asked) > 1000 and all(future.done() for future in asked)
+
+
+def test_an_error_stops_the_workers_that_are_asked(tmp_path, capfd):
+    """They have started a process each; nothing of them stays, nothing is said of it, and nobody waits."""
+    (tmp_path / "slow.py").write_text(
+        "import subprocess\nINSTRUCTION = ''\ngold = lambda row: ('5', None)\n"
+        "judge = lambda *_: subprocess.run(['sleep', '600']) and 'wrong'\n")
+    with pytest.raises(ZeroDivisionError), verify.Judge(str(tmp_path / "slow.py"), workers=2, limit=1000.0) as judge:
+        asked, pids = [judge.submit(math("5"), "") for _ in range(3)], []
+        while len(pids) < 4:
+            pids = [pid for worker in judge.workers.all.copy() for pid in descendants(worker.pid)]
+        1 / 0
+    assert asked[2].cancelled() and [future.result(60) for future in asked[:2]] == [verify.Verdict(False, "crash")] * 2
+    state = lambda pid: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    assert {state(pid) for pid in pids if os.path.exists(f"/proc/{pid}")} <= {"Z"} and not judge.workers.all
+    assert capfd.readouterr().err == ""
 
 
 def test_a_killed_worker_is_a_crash_and_is_replaced():
@@ -476,6 +493,21 @@ def test_the_flag_that_named_the_problems(judge, tmp_path, qwen):
             verify.load_problems(str(data), judge, range_, flag="--val")
     with pytest.raises(SystemExit, match="--val: a prompt has 1024 tokens .* drop it with --val_range"):
         check_lengths(qwen, [[1] * 1024], 5, "--val")
+
+
+def test_max_problems_reads_no_further_than_it_needs(judge, tmp_path, monkeypatch):
+    """The first that have a gold, as without it; nothing is asked of the rows far behind, nor are they looked at."""
+    rows = [{"problem": f"{i}+1", "answer": str(i + 1) if i % 3 else ""} for i in range(600)]
+    path = write(tmp_path / "d.jsonl", "".join(json.dumps(row) + "\n" for row in rows) + "no JSON\n")
+    asked, gold = [], judge.gold
+    monkeypatch.setattr(judge, "gold", lambda row: asked.append(row) or gold(row))
+    for most, looked_at in ((1, 200), (134, 200), (135, 400), (300, 590)):
+        problems, dropped = verify.load_problems(path, judge, "10:600", most)
+        assert [p.problem for p in problems] == [row["problem"] for row in rows[10:] if row["answer"]][:most]
+        assert len(asked) == looked_at and dropped == {"no answer": sum(not row["answer"] for row in asked)}
+        asked.clear()
+    with pytest.raises(SystemExit, match=":601: not JSON"):
+        verify.load_problems(path, judge, "10:", 500)
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.parquet"])

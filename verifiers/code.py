@@ -22,6 +22,7 @@ from collections import namedtuple
 
 INSTRUCTION = ("Please reason step by step, and put your final program, in Python or C++, in one fenced code "
                "block that names its language.")
+IDENTIFIER = r"([A-Za-z_]\w*\(\)\.)?[A-Za-z_]\w*"  # f, or Solution().f
 # How the result of a function is written in JSON, by the driver and by `gold`: each value a word of its own.
 SPELLING = {"sort_keys": True, "indent": 0, "separators": (" ,", " : ")}
 
@@ -37,27 +38,25 @@ def gold(row):
     if row.get("input_mode") == "file":
         return None, "its programs read files"
     entry = row.get("entry_point") or None
-    if entry and not re.fullmatch(r"([A-Za-z_]\w*\(\)\.)?[A-Za-z_]\w*", str(entry)):
+    if (entry or row.get("starter_code")) and not re.fullmatch(IDENTIFIER, str(entry or "")):
         return None, "field 'entry_point' names no function"
-    if row.get("starter_code") and not entry:
-        return None, "no 'entry_point' names the function that is asked for"
     cases, why = [], "no tests"
     for name in filter(row.get, ("official_tests", "tests", "public_test_cases", "examples", "input_output")):
         try:
             found = read_cases(row[name], entry)
         except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
             found = []
+        why = f"field '{name}' gives no test"
         if not found and name != "examples":  # those are often prose, which is no reason to drop the row
-            return None, f"field '{name}' gives no test"
+            return None, why
         cases += [case for case in found if case not in cases]
-        why = why if found else f"field '{name}' gives no test"
     seconds, tolerance = row.get("time_limit"), row.get("tolerance")
     seconds = min(seconds, 60.0) if isinstance(seconds, (int, float)) and seconds > 0 else None
     if not isinstance(tolerance, (int, float)):
         text = " ".join(str(row.get(name)) for name in ("problem", "question", "prompt", "output_format"))
-        error = re.search(r"(absolute|relative)[^.]{,40}error[^.]{,80}?"
-                          r"(10 *\^ *\{? *[-−–] *|1e-)(\d+)", text)
-        tolerance = 10.0 ** -int(error[3]) if error else None
+        error = re.search(r"(?:absolute|relative)[^.]{,40}error[^.]{,80}?"
+                          r"(?:10 *\^ *\{? *[-−–] *|1e-)(\d+)", text)
+        tolerance = 10.0 ** -int(error[1]) if error else None
     tests = {"cases": cases, "entry_point": entry, "seconds": seconds, "tolerance": tolerance}
     return (tests, None) if cases else (None, why)
 

@@ -119,8 +119,9 @@ class Workers:
     """
 
     def __init__(self, mode, memory):
-        self.mode, self.memory = mode, memory
+        self.mode, self.memory, self.closed = mode, memory, False
         self.shown = set()  # by tell
+        self.all = set()
         self.idle = deque([self.start()])
 
     def ask(self, function, arguments, seconds):
@@ -142,7 +143,7 @@ class Workers:
         reply = json.loads(line or "{}")
         if "value" in reply:
             return reply["value"], None
-        if line is not None:
+        if line is not None and not self.closed:
             self.tell(function, reply.get("crash"))
         return None, "timeout" if line is None else "crash"
 
@@ -163,7 +164,8 @@ class Workers:
                 [sys.executable, "-P", os.path.abspath(__file__), self.mode, str(self.memory)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            if self.read(process, 300):
+            self.all.add(process)
+            if not self.closed and self.read(process, 300):
                 return process
             self.stop(process)
         raise SystemExit(f"error: --mode {self.mode}: a worker of the judge does not start, in {self.memory} "
@@ -177,8 +179,9 @@ class Workers:
         return line if line.endswith(b"\n") else b""
 
     def stop(self, process):
+        """Kills a worker and all below it; two threads may do so at once."""
         held = []  # stopped, until none is left that can start another, and then killed together:
-        while new := [pid for pid in descendants(process.pid) if pid not in held]:
+        while process.poll() is None and (new := [p for p in descendants(process.pid) if p not in held]):
             signal_all(new, signal.SIGSTOP)  # bubblewrap, killed alone while it sets up, leaves a child
             deadline = time.monotonic() + 0.2  # one that waits for a child to start does not stop
             while not all(map(halted, new)) and time.monotonic() < deadline:
@@ -186,12 +189,13 @@ class Workers:
             held += new
         signal_all(held, signal.SIGKILL)
         process.wait()
-        process.stdin = process.stdout = None
+        self.all.discard(process)
 
     def close(self):
-        with contextlib.suppress(IndexError):  # none is left; what is asked meanwhile may add one
-            while True:
-                self.stop(self.idle.pop())
+        """Stops all, those too that are being asked; one that starts meanwhile is stopped by its thread."""
+        self.closed = True
+        for process in self.all.copy():
+            self.stop(process)
 
 
 if __name__ == "__main__":
