@@ -168,6 +168,24 @@ def test_a_state_of_an_earlier_version(qwen, tmp_path):
     assert "from step 1" in start("--steps", 2)
 
 
+def test_rank_0_looks_at_the_disk_for_all(qwen, tmp_path):
+    """Rank 1, on a node whose view of a shared disk is old, sees no state and no best model: the run goes on all the same."""
+    (tmp_path / "blind.py").write_text(
+        "import os, distill\nfrom common import checkpoint\nisdir = os.path.isdir\nif os.environ['RANK'] == '1':\n"
+        "    checkpoint.states = lambda folder: []\n    os.path.isdir = lambda path: 'step-' not in str(path) and isdir(path)\n"
+        "distill.main()\n")
+    data = write_problems(tmp_path / "data.jsonl", 6)
+    start = lambda *more: run(tmp_path / "blind.py", "--model", qwen, "--data", data, "--val", data, "--val_every", 1, "--val_samples", 1,
+                              "--out", tmp_path / "out", "--batch", 4, "--max_tokens", 4, "--engine", "hf", *more, nproc=2, seconds=120,
+                              env={"PYTHONPATH": verify.os.path.dirname(verify.__file__)}).stdout
+    start("--steps", 2)
+    assert "from step 2" in start("--steps", 3)
+    assert [row["step"] for row in read(tmp_path / "out/metrics.jsonl")] == [0, 1, 2]
+    best = json.load(open(tmp_path / "out/summary.json"))["best"]
+    assert sorted(step for _, step in best) == [0, 1, 2]  # none validates better than another
+    assert sorted(f.name for f in (tmp_path / "out/best").iterdir()) == ["step-000000", "step-000001", "step-000002"]
+
+
 def test_a_step_without_rows_makes_no_update(qwen, tmp_path):
     """No prompt leaves room for two copies of y: such steps are counted, and the weights stay."""
     data = write_problems(tmp_path / "data.jsonl", 6)
