@@ -225,10 +225,10 @@ def distill(args, ranks, judge):
                   for each, flag in ((prompts, "--data"), (val_prompts, "--val")) if each)
     if args.topk > len(tokenizer):
         fail(f"--topk {args.topk} is more than the {len(tokenizer)} tokens of the vocabulary; lower it")
-    if not args.fresh and (made := checkpoint.steps_made(args.out)) > args.steps:
+    if not args.fresh and (made := run.from_rank_0(checkpoint.steps_made, args.out)) > args.steps:
         fail(f"--steps {args.steps}: the run in {args.out} has made {made}; give as many, or --fresh")
     max_teacher_len = min(args.max_teacher_len, verify.context_length(args.teacher))
-    if run.open_out(args, ranks, FREE, "final", steps=args.steps):
+    if run.open_out(args, ranks, FREE, "final", problems + val_problems, steps=args.steps):
         return run.leave()
     training.settle_flags(args, ranks.device)
 

@@ -243,7 +243,7 @@ def main():
     if args.objective != "rft" and counts["wrong -> right"] < verify.FEW:
         run.say(f"warning: only {counts['wrong -> right']} tuples have a wrong y_init; with 1,548, of a 1.5B "
                 "model, the teacher still copied (docs/real.md): collect more, or begin with a better model")
-    if run.open_out(args, ranks, FREE, "final"):
+    if run.open_out(args, ranks, FREE, "final", (e.ids for _, examples in stages for e in examples)):
         return run.leave()
     training.settle_flags(args, ranks.device)
     model = training.load_model(args.model, ranks, training.make_mesh(ranks), args.dtype,

@@ -253,7 +253,7 @@ def collect(args, ranks, judge):
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     longest = check_lengths(args.model, prompts, args.max_tokens)
     keeps = args.num_revisions and not args.eval
-    if run.open_out(args, ranks, FREE, "responses.jsonl", target=args.target):
+    if run.open_out(args, ranks, FREE, "responses.jsonl", problems, target=args.target):
         return run.leave()
     if ranks.rank == 0:  # a killed run may have left half a line
         merge(args.out, problems)

@@ -23,12 +23,12 @@ import os
 import re
 import sys
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from common.run import fail, need, positive, read_jsonl, say
+from common.run import fail, need, plain_errors, positive, read_jsonl, say
 from verifiers.pool import Workers, load_verifier
 
 # ------------------------------------------------------------------------------------------------ problems
@@ -112,8 +112,8 @@ def load_problems(data, judge, range_=None, max_problems=None, flag="--data"):
     Problems of a file or hub name (load_rows), in order, and a Counter of why others were dropped. range_:
     "A:B", rows as they stand in the file. A row that repeats the text of an earlier one, in the range or
     before it, is dropped, so that phases given disjoint ranges see disjoint questions. max_problems: read no
-    further than they need, but for the 200 rows that are judged at once. flag: what named the data. Ends the
-    program if nothing is left, if two problems have one id, and on rows without a problem.
+    further than they need, but for the 200 rows whose golds are asked for at once. flag: what named the data.
+    Ends the program if nothing is left, if two problems have one id, and on rows without a problem.
     """
     match = re.fullmatch(r"(\d*):(\d*)", range_ or ":")
     if not match:
@@ -137,21 +137,23 @@ def load_problems(data, judge, range_=None, max_problems=None, flag="--data"):
             texts.add(text)
 
     asked = golds()
-    while len(problems) < (max_problems or sys.maxsize) and (part := list(itertools.islice(asked, 200))):
-        for problem, gold in part:
-            problem.answer, why = gold.result()
-            if LONE.search(json.dumps(problem.answer, ensure_ascii=False)):
-                problem.answer, why = None, "half of a surrogate pair in the answer"
-            if problem.answer is None:
-                dropped[why] += 1
-            else:
-                problems.append(problem)
+    waiting = deque(itertools.islice(asked, 200))  # no more rows than these are in memory
+    while waiting and len(problems) != max_problems:
+        problem, gold = waiting.popleft()
+        problem.answer, why = gold.result()
+        waiting.extend(itertools.islice(asked, 1))
+        if LONE.search(json.dumps(problem.answer, ensure_ascii=False)):
+            problem.answer, why = None, "half of a surrogate pair in the answer"
+        if problem.answer is None:
+            dropped[why] += 1
+        else:
+            problems.append(problem)
     if range_ and number <= start:
         fail(f"{range_of(flag)} {range_} is empty: none of the {number} rows up to its end is in it")
     if not problems:
         why = dict(dropped) or "none, it is empty"
         fail(f"{flag} {data}: no problem is left of {number - start}; dropped: {why}")
-    return problems[:max_problems], dropped
+    return problems, dropped
 
 
 # -------------------------------------------------------------------------------------------------- tokens
@@ -356,6 +358,7 @@ def main():
     add("--range", metavar="A:B", help="rows of the data")
     add_judge_flags(parser)
     args = parser.parse_args()
+    plain_errors()
     with make_judge(args) as judge:
         problems, dropped = load_problems(args.data, judge, args.range)
         print(f"{args.data}: {len(problems)} kept, {sum(dropped.values())} dropped")

@@ -13,6 +13,7 @@ import argparse
 import atexit
 import contextlib
 import fcntl
+import gc
 import glob
 import hashlib
 import json
@@ -22,6 +23,7 @@ import signal
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 from verifiers.pool import PROJECT, load_verifier
@@ -49,21 +51,29 @@ def launch():
                             rank=rank, world_size=world)
     if world == 1:  # an error ends it too, or NCCL warns of that; with more ranks it would wait for them
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
-    shown = sys.excepthook  # torch's by now: a traceback with the rank before each line
+    atexit.register(gc.unfreeze)  # vLLM and training freeze; triton's bindings would report it as leaked
+    plain_errors()
+    return Ranks(rank, world, device, dist.PrefixStore("shared", store))
+
+
+def plain_errors():
+    """From here on an uncaught error that a user can mend ends the program with a line, as fail() does."""
+    shown = sys.excepthook  # under torchrun torch's: a traceback with the rank before each line
 
     def excepthook(kind, error, trace):
         line = mendable(error)
         print(f"error: {line}", file=sys.stderr, flush=True) if line else shown(kind, error, trace)
 
     sys.excepthook = excepthook
-    return Ranks(rank, world, device, dist.PrefixStore("shared", store))
 
 
 def mendable(error):
     """
-    A line on an uncaught error that a user can mend (full disk, broken file, out of memory), or that another
-    rank has made; else None.
+    A line on an uncaught error that a user can mend (full disk, broken file, out of memory), or that a user
+    or another rank has made; else None.
     """
+    if isinstance(error, KeyboardInterrupt):  # once a run has begun, it catches the signal
+        return "stopped by Ctrl-C; the same command starts again"
     import torch
     from safetensors import SafetensorError
     from torch.distributed.checkpoint.api import CheckpointException
@@ -117,12 +127,13 @@ def make_out(out):
         fail(f"--out {out}: {e.strerror}; give a folder that can be written")
 
 
-def open_out(args, ranks, free, product, **wanted):
+def open_out(args, ranks, free, product, data, **wanted):
     """
-    Makes --out, with the flags of the run and hashes of the scripts and of the verifier in its flags.json.
-    What differs from a run that is in it is named; the program ends if that is the verifier, or a flag that
-    is not among `free` (a string of names). One that an older flags.json lacked had its default. True, and
-    says so, if that run has ended (`finished`): nothing is to be done then, and its flags stay.
+    Makes --out, with the flags of the run and hashes of the scripts, of the verifier and of `data` (the
+    problems, or what else the run is made of) in its flags.json. What differs from a run that is in it is
+    named; the program ends if that is the verifier, the data, or a flag that is not among `free` (a string of
+    names). One that an older flags.json lacked had its default. True, and says so, if that run has ended
+    (`finished`): nothing is to be done then, and its flags stay.
     """
     defaults = vars(args).pop("defaults")
     if ranks.rank == 0:
@@ -136,9 +147,11 @@ def open_out(args, ranks, free, product, **wanted):
             hold(args.out)
         flags = dict(vars(args))
         del flags["out"], flags["fresh"]
-        flags["code"] = digest(sorted(glob.glob(f"{PROJECT}/*.py") + glob.glob(f"{PROJECT}/common/*.py")))
+        read = lambda paths: (Path(path).read_bytes() for path in sorted(paths))
+        flags["code"] = digest(read(glob.glob(f"{PROJECT}/*.py") + glob.glob(f"{PROJECT}/common/*.py")))
+        flags["rows"] = digest(data)
         if "mode" in flags:
-            flags["verifier"] = digest([load_verifier(args.mode).__file__])
+            flags["verifier"] = digest(read([load_verifier(args.mode).__file__]))
         path = os.path.join(args.out, "flags.json")
         begun = os.path.exists(path) and bool(set(os.listdir(args.out)) - {"flags.json", "flags.json.tmp"})
         before = {**flags, **defaults, **read_object(path)} if begun else flags
@@ -146,6 +159,7 @@ def open_out(args, ranks, free, product, **wanted):
         text = ", ".join(f"--{name} {before[name]} -> {flags[name]}" for name in changed)
         text = text.replace("--verifier", "the verifier's source (its hash)")
         text = text.replace("--code", "the code of the scripts (its hash)")
+        text = text.replace("--rows", "what the files of data give (its hash)")
         if set(changed) - {*free.split(), "code"}:
             fail(f"--out {args.out} was made with other flags: {text}; give the old ones, another --out, or "
                  "--fresh, which renames the old folder and starts over")
@@ -160,12 +174,11 @@ def open_out(args, ranks, free, product, **wanted):
     return ended
 
 
-def digest(paths):
-    """A hash of the contents of files, 12 characters."""
+def digest(parts):
+    """A hash of bytes, or of objects by how Python writes them, 12 characters."""
     whole = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as f:
-            whole.update(f.read())
+    for part in parts:
+        whole.update(part if isinstance(part, bytes) else repr(part).encode())
     return whole.hexdigest()[:12]
 
 

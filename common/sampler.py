@@ -13,7 +13,6 @@ ends a script that has one.
 import argparse
 import asyncio
 import contextlib
-import gc
 import importlib.util
 import os
 import zlib
@@ -283,7 +282,6 @@ def serve(coroutines, waiting, judging, stopped, sampler, **how):
 
 def close(sampler):
     """Ends a script's engine and its process group, which vLLM may have taken down already."""
-    gc.unfreeze()  # vLLM and training freeze; at the end triton's bindings would report it as leaked
     dist.barrier()
     sampler.close()
     if dist.is_initialized():

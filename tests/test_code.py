@@ -156,6 +156,11 @@ def test_official_tests_that_cannot_be_read_drop_the_problem():
     assert code.gold({"official_tests": PAIRS, "examples": "see above"})[0]["cases"] == CASES
 
 
+def test_a_number_is_the_text_that_it_is_printed_as():
+    tests = [{"input": 3, "output": 4.5}, {"input": "5", "output": [6, "7"]}, {"input": "8", "output": None}]
+    assert code.gold({"tests": tests})[0]["cases"] == [["3", "4.5"], ["5", "6\n7"]]
+
+
 NONE = "field 'tests' gives no test"
 
 

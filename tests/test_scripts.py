@@ -507,7 +507,7 @@ def test_sabotaged_sync_stops_the_run(qwen, problems_file, tmp_path):
                       "distill.main()\n")
     done = run(script, "--model", qwen, "--data", problems_file, "--out", tmp_path / "out", *DISTILL, "--steps", 30,
                "--lr", "2e-3", "--batch", 20, ok=False, env={"PYTHONPATH": str(verify.os.path.dirname(verify.__file__))})
-    assert "its weights are stale" in done.stderr and "Traceback" not in done.stderr
+    assert "its weights are stale" in done.stderr and done.stderr.count("\n") == 1  # also after keep_compiled
     gaps = [row["sync_gap"] for row in read(tmp_path / "out/metrics.jsonl")]
     assert gaps[0] < 1e-4 and gaps[-1] > 0.1 and len(gaps) < 30
     assert not os.path.exists(tmp_path / "out/final")

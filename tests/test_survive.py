@@ -279,6 +279,22 @@ def test_one_run_at_a_time(fresh, inputs, whole, tmp_path):
     assert run.wait(60) and chaos.equal("sft.py", whole / "sft.py", out)
 
 
+@pytest.mark.parametrize("script", ["srt.py", "sft.py", "distill.py"])
+def test_changed_data(script, inputs, whole, tmp_path):
+    """Other rows in the same file, here one less, would make another run of it: refused, before anything is written."""
+    place, args = whole / script, [*map(str, inputs[script])]
+    data, written = Path(args[args.index("--data") + 1]), {path: path.read_bytes() for path in (whole / script).iterdir() if path.is_file()}
+    rows = data.read_text()
+    try:
+        data.write_text(rows.partition("\n")[2])
+        _, err = go(script, [*args, "--out", place], tmp_path, ok=False)
+    finally:
+        data.write_text(rows)
+    assert "what the files of data give (its hash)" in one_error(err) and "--fresh" in err
+    assert written == {path: path.read_bytes() for path in place.iterdir() if path.is_file()}
+    assert "nothing to do" in go(script, [*args, "--out", place], tmp_path)[0]
+
+
 def test_changed_flags(inputs, whole, tmp_path):
     """Named; refused where they would mix two runs; --fresh renames; a flag that changes nothing of that goes on."""
     out = tmp_path / "out"

@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -89,13 +90,44 @@ def test_an_error_stops_the_workers_that_are_asked(tmp_path, capfd):
         "judge = lambda *_: subprocess.run(['sleep', '600']) and 'wrong'\n")
     with pytest.raises(ZeroDivisionError), verify.Judge(str(tmp_path / "slow.py"), workers=2, limit=1000.0) as judge:
         asked, pids = [judge.submit(math("5"), "") for _ in range(3)], []
-        while len(pids) < 4:
+        deadline = time.monotonic() + 60
+        while len(pids) < 4 and time.monotonic() < deadline:
             pids = [pid for worker in judge.workers.all.copy() for pid in descendants(worker.pid)]
         1 / 0
     assert asked[2].cancelled() and [future.result(60) for future in asked[:2]] == [verify.Verdict(False, "crash")] * 2
     state = lambda pid: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    assert {state(pid) for pid in pids if os.path.exists(f"/proc/{pid}")} <= {"Z"} and not judge.workers.all
+    assert len(pids) == 4 and {state(pid) for pid in pids if os.path.exists(f"/proc/{pid}")} <= {"Z"} and not judge.workers.all
     assert capfd.readouterr().err == ""
+
+
+def test_a_worker_that_is_stopped_does_not_outlive_its_parent(tmp_path):
+    """A worker is stopped before it is killed, so that it starts no other process meanwhile: the parent may be killed in between."""
+    done = subprocess.run([sys.executable, "-c", "import os, signal, verify\nworker, = verify.Judge().workers.idle\n"
+                           "os.kill(worker.pid, signal.SIGSTOP)\nprint(worker.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"],
+                          capture_output=True, text=True, cwd=ROOT)
+    deadline = time.monotonic() + 20
+    while (there := os.path.exists(f"/proc/{done.stdout.strip()}/exe")) and time.monotonic() < deadline:  # a zombie has none
+        time.sleep(0.01)
+    assert done.returncode == -9 and not there
+
+
+def test_ctrl_c_before_a_run_begins_is_one_line(tmp_path):
+    """While golds are asked for."""
+    (tmp_path / "slow.py").write_text("import time\nINSTRUCTION = ''\njudge = lambda *_: 'wrong'\n"
+                                      f"def gold(row):\n    open({str(tmp_path / 'asked')!r}, 'w')\n    time.sleep(600)\n")
+    (tmp_path / "d.jsonl").write_text('{"problem": "?"}\n')
+    script = subprocess.Popen([sys.executable, ROOT / "verify.py", "--data", tmp_path / "d.jsonl", "--mode", tmp_path / "slow.py",
+                               "--judge_seconds", "1000"], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "asked").exists() and script.poll() is None:
+        time.sleep(0.01)
+    script.send_signal(signal.SIGINT)
+    assert script.communicate(timeout=60)[1] == "error: stopped by Ctrl-C; the same command starts again\n" and script.returncode
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "d.jsonl").symlink_to("/proc/self/mem")
+    done = subprocess.run([sys.executable, ROOT / "verify.py", "--data", tmp_path / "d.jsonl"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: [Errno 5]") and done.stderr.count("\n") == 1
 
 
 def test_a_killed_worker_is_a_crash_and_is_replaced():
@@ -379,7 +411,7 @@ def open_out(out, ranks, monkeypatch, *given, flags={"--lr": 0.5, "--kl": "rever
     monkeypatch.setattr(sys, "argv", ["x.py", *given])
     monkeypatch.setattr(run, "hold", lambda folder: None)
     args = run.parse(parser)
-    run.open_out(args, ranks, "lr", "final")
+    run.open_out(args, ranks, "lr", "final", [verify.Problem("p", "?", "5")])
     (out / "rows").touch()
     assert "defaults" not in vars(args)
     return json.loads((out / "flags.json").read_text())
@@ -388,8 +420,9 @@ def open_out(out, ranks, monkeypatch, *given, flags={"--lr": 0.5, "--kl": "rever
 def test_a_flag_that_an_older_run_did_not_know_had_its_default(ranks, tmp_path, monkeypatch, capsys):
     """A run is begun by a version without --kl and --range; later ones may give their defaults only, or a free flag."""
     out = tmp_path / "out"
-    code = {"code": open_out(out, ranks, monkeypatch, flags={"--lr": 0.5})["code"]}
-    assert json.loads((out / "flags.json").read_text()) == {"lr": 0.5, **code} and len(code["code"]) == 12
+    first = open_out(out, ranks, monkeypatch, flags={"--lr": 0.5})
+    code = {name: first[name] for name in ("code", "rows")}
+    assert first == {"lr": 0.5, **code} and [*map(len, code.values())] == [12, 12]
     with pytest.raises(SystemExit, match="--kl reverse -> forward"):
         open_out(out, ranks, monkeypatch, "--kl", "forward")
     assert json.loads((out / "flags.json").read_text()) == {"lr": 0.5, **code}
@@ -501,10 +534,10 @@ def test_max_problems_reads_no_further_than_it_needs(judge, tmp_path, monkeypatc
     path = write(tmp_path / "d.jsonl", "".join(json.dumps(row) + "\n" for row in rows) + "no JSON\n")
     asked, gold = [], judge.gold
     monkeypatch.setattr(judge, "gold", lambda row: asked.append(row) or gold(row))
-    for most, looked_at in ((1, 200), (134, 200), (135, 400), (300, 590)):
+    for most, last in ((1, 0), (134, 199), (135, 201), (300, 448), (10_000, 589)):  # last: the row of the last that counts
         problems, dropped = verify.load_problems(path, judge, "10:600", most)
         assert [p.problem for p in problems] == [row["problem"] for row in rows[10:] if row["answer"]][:most]
-        assert len(asked) == looked_at and dropped == {"no answer": sum(not row["answer"] for row in asked)}
+        assert dropped.total() == sum(not row["answer"] for row in rows[10:11 + last]) and len(asked) <= min(590, last + 201)
         asked.clear()
     with pytest.raises(SystemExit, match=":601: not JSON"):
         verify.load_problems(path, judge, "10:", 500)

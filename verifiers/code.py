@@ -74,8 +74,9 @@ def read_cases(value, entry):
     if entry:
         return [[json.dumps([entry, *arguments(given)]), json.dumps(literal(result), **SPELLING)]
                 for given, result in pairs]
-    pairs = [["\n".join(map(str, x)) if isinstance(x, list) else x for x in pair] for pair in pairs]
-    return [pair for pair in pairs if set(map(type, pair)) == {str} and not pair[0].rstrip().endswith("...")]
+    pairs = [["\n".join(map(str, x if isinstance(x, list) else [x])) for x in pair] for pair in pairs
+             if not {type(None), dict} & {*map(type, pair)}]
+    return [pair for pair in pairs if not pair[0].rstrip().endswith("...")]
 
 
 def arguments(given):

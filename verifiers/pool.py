@@ -11,6 +11,7 @@ and, where it needs them,
 limits: "seconds" (--judge_seconds), "memory" (GiB a program may have), "sandbox" (not --unsafe_no_sandbox).
 """
 import contextlib
+import ctypes
 import functools
 import glob
 import json
@@ -61,6 +62,7 @@ def worker(mode, memory):
     own, most = int(memory * 2**30), resource.getrlimit(resource.RLIMIT_AS)[1]  # a batch system may set that
     own = own if most == resource.RLIM_INFINITY else min(own, most)
     resource.setrlimit(resource.RLIMIT_AS, (own, most))
+    ctypes.CDLL(None).prctl(1, signal.SIGCONT)  # PR_SET_PDEATHSIG: should the parent die in `stop`
     requests, replies, null = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1):  # what a verifier, or a program that it starts, reads and prints
         os.dup2(null, descriptor)
@@ -134,8 +136,10 @@ class Workers:
             process.stdin.write((json.dumps([seconds, function, arguments], default=str) + "\n").encode())
             process.stdin.flush()
             line = self.read(process, seconds)
-        except BrokenPipeError:
+        except BrokenPipeError:  # it is dead, and what it was to be asked goes with it
             line = b""
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
         if line:
             self.idle.append(process)
         else:
@@ -168,6 +172,8 @@ class Workers:
             if not self.closed and self.read(process, 300):
                 return process
             self.stop(process)
+            if self.closed:
+                return process
         raise SystemExit(f"error: --mode {self.mode}: a worker of the judge does not start, in {self.memory} "
                          f"GiB; this shows why: {' '.join(process.args)}")
 
@@ -193,7 +199,7 @@ class Workers:
 
     def close(self):
         """Stops all, those too that are being asked; one that starts meanwhile is stopped by its thread."""
-        self.closed = True
+        self.closed = True  # first: who starts one now finds it dead, or this does
         for process in self.all.copy():
             self.stop(process)
 
