@@ -532,12 +532,12 @@ def test_max_problems_reads_no_further_than_it_needs(judge, tmp_path, monkeypatc
     """The first that have a gold, as without it; nothing is asked of the rows far behind, nor are they looked at."""
     rows = [{"problem": f"{i}+1", "answer": str(i + 1) if i % 3 else ""} for i in range(600)]
     path = write(tmp_path / "d.jsonl", "".join(json.dumps(row) + "\n" for row in rows) + "no JSON\n")
-    asked, gold = [], judge.gold
-    monkeypatch.setattr(judge, "gold", lambda row: asked.append(row) or gold(row))
+    asked, submit = [], judge.pool.submit
+    monkeypatch.setattr(judge.pool, "submit", lambda *question: asked.append(question) or submit(*question))
     for most, last in ((1, 0), (134, 199), (135, 201), (300, 448), (10_000, 589)):  # last: the row of the last that counts
         problems, dropped = verify.load_problems(path, judge, "10:600", most)
         assert [p.problem for p in problems] == [row["problem"] for row in rows[10:] if row["answer"]][:most]
-        assert dropped.total() == sum(not row["answer"] for row in rows[10:11 + last]) and len(asked) <= min(590, last + 201)
+        assert dropped.total() == sum(not row["answer"] for row in rows[10:11 + last]) and len(asked) == min(590, last + 201)
         asked.clear()
     with pytest.raises(SystemExit, match=":601: not JSON"):
         verify.load_problems(path, judge, "10:", 500)
