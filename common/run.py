@@ -1,7 +1,8 @@
 """
 A run's processes and folder: what every script does before and after its own work.
 
-  processes   launch() -> Ranks; from_rank_0(); leave(); catch_signals(); say(), fail(): what a user reads
+  processes   launch() -> Ranks; from_rank_0(); leave(); catch_signals(); say(), fail(), plain_errors():
+              what a user reads
   folder      make_out(); open_out() keeps other runs and other flags out of it; finish(), finished()
   files       write_atomically(); read_object(); read_jsonl(), need(): rows, and an error that names file,
               line and field

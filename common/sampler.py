@@ -13,6 +13,7 @@ ends a script that has one.
 import argparse
 import asyncio
 import contextlib
+import gc
 import importlib.util
 import os
 import zlib
@@ -282,6 +283,7 @@ def serve(coroutines, waiting, judging, stopped, sampler, **how):
 
 def close(sampler):
     """Ends a script's engine and its process group, which vLLM may have taken down already."""
+    gc.unfreeze()  # what vLLM and training have frozen goes with it
     dist.barrier()
     sampler.close()
     if dist.is_initialized():
