@@ -128,6 +128,11 @@ def make_out(out):
         fail(f"--out {out}: {e.strerror}; give a folder that can be written")
 
 
+HASHED = {  # what else flags.json holds beside flags
+    "verifier": "the verifier's source (its hash)", "code": "the code of the scripts (its hash)",
+    "rows": "what the files of data give (its hash)"}
+
+
 def open_out(args, ranks, free, product, data, **wanted):
     """
     Makes --out, with the flags of the run and hashes of the scripts, of the verifier and of `data` (the
@@ -157,10 +162,8 @@ def open_out(args, ranks, free, product, data, **wanted):
         begun = os.path.exists(path) and bool(set(os.listdir(args.out)) - {"flags.json", "flags.json.tmp"})
         before = {**flags, **defaults, **read_object(path)} if begun else flags
         changed = [name for name in flags if before[name] != flags[name]]
-        text = ", ".join(f"--{name} {before[name]} -> {flags[name]}" for name in changed)
-        text = text.replace("--verifier", "the verifier's source (its hash)")
-        text = text.replace("--code", "the code of the scripts (its hash)")
-        text = text.replace("--rows", "what the files of data give (its hash)")
+        text = ", ".join(f"{HASHED.get(name, '--' + name)} {before[name]} -> {flags[name]}"
+                         for name in changed)
         if set(changed) - {*free.split(), "code"}:
             fail(f"--out {args.out} was made with other flags: {text}; give the old ones, another --out, or "
                  "--fresh, which renames the old folder and starts over")

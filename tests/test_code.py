@@ -173,7 +173,7 @@ NONE = "field 'tests' gives no test"
      "several outputs are right (it has a checker of its own)"),
     ({"tests": PAIRS, "input_mode": "file"}, "its programs read files"),
     ({"tests": PAIRS, "entry_point": "import os"}, "field 'entry_point' names no function"),
-    ({"tests": PAIRS, "starter_code": "def f(a):"}, "field 'entry_point' names no function"),
+    ({"tests": PAIRS, "starter_code": "def f(a):"}, "no 'entry_point' names the function that is asked for"),
     ({"input_output": '{"fn_name": "add", "inputs": [[1, 2]], "outputs": [[3]]}'},
      "field 'input_output' gives no test"),
     ({"tests": "assert candidate(1) == 3", "entry_point": "f"}, NONE),

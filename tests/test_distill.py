@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import read, run, write_problems
+from conftest import REPO, read, run, write_problems
 from test_kl import reference
 from test_train import sampled_rows, step_of
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -177,7 +177,7 @@ def test_rank_0_looks_at_the_disk_for_all(qwen, tmp_path):
     data = write_problems(tmp_path / "data.jsonl", 6)
     start = lambda *more: run(tmp_path / "blind.py", "--model", qwen, "--data", data, "--val", data, "--val_every", 1, "--val_samples", 1,
                               "--out", tmp_path / "out", "--batch", 4, "--max_tokens", 4, "--engine", "hf", *more, nproc=2, seconds=120,
-                              env={"PYTHONPATH": verify.os.path.dirname(verify.__file__)}).stdout
+                              env={"PYTHONPATH": str(REPO)}).stdout
     start("--steps", 2)
     assert "from step 2" in start("--steps", 3)
     assert [row["step"] for row in read(tmp_path / "out/metrics.jsonl")] == [0, 1, 2]

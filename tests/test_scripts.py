@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
-from conftest import SHARED, have_vllm, make_rows, read, run
+from conftest import REPO, SHARED, have_vllm, make_rows, read, run
 from safetensors.torch import load_file
 
 import srt
@@ -506,7 +506,7 @@ def test_sabotaged_sync_stops_the_run(qwen, problems_file, tmp_path):
                       "HFSampler.load = lambda self, named: [None for _ in named]\n"
                       "distill.main()\n")
     done = run(script, "--model", qwen, "--data", problems_file, "--out", tmp_path / "out", *DISTILL, "--steps", 30,
-               "--lr", "2e-3", "--batch", 20, ok=False, env={"PYTHONPATH": str(verify.os.path.dirname(verify.__file__))})
+               "--lr", "2e-3", "--batch", 20, ok=False, env={"PYTHONPATH": str(REPO)})
     assert "its weights are stale" in done.stderr and done.stderr.count("\n") == 1  # also after keep_compiled
     gaps = [row["sync_gap"] for row in read(tmp_path / "out/metrics.jsonl")]
     assert gaps[0] < 1e-4 and gaps[-1] > 0.1 and len(gaps) < 30
@@ -528,7 +528,7 @@ def test_an_error_waits_for_no_verdict(script, how, qwen, problems_file, tmp_pat
         f"{script[:-3]}.main()\n")
     done = run(tmp_path / "breaks.py", "--model", qwen, "--data", problems_file, "--out", tmp_path / "out", *how,
                "--mode", tmp_path / "slow.py", "--judge_seconds", 1000, ok=False,
-               env={"PYTHONPATH": os.path.dirname(verify.__file__)})
+               env={"PYTHONPATH": str(REPO)})
     assert done.stderr.startswith("error: [Errno 28] No space left on device; mend this") and done.stderr.count("\n") == 1
     assert (tmp_path / "judged").read_text() == "."
 

@@ -22,7 +22,6 @@ from collections import namedtuple
 
 INSTRUCTION = ("Please reason step by step, and put your final program, in Python or C++, in one fenced code "
                "block that names its language.")
-IDENTIFIER = r"([A-Za-z_]\w*\(\)\.)?[A-Za-z_]\w*"  # f, or Solution().f
 # How the result of a function is written in JSON, by the driver and by `gold`: each value a word of its own.
 SPELLING = {"sort_keys": True, "indent": 0, "separators": (" ,", " : ")}
 
@@ -38,8 +37,10 @@ def gold(row):
     if row.get("input_mode") == "file":
         return None, "its programs read files"
     entry = row.get("entry_point") or None
-    if (entry or row.get("starter_code")) and not re.fullmatch(IDENTIFIER, str(entry or "")):
+    if entry and not re.fullmatch(r"([A-Za-z_]\w*\(\)\.)?[A-Za-z_]\w*", str(entry)):
         return None, "field 'entry_point' names no function"
+    if row.get("starter_code") and not entry:
+        return None, "no 'entry_point' names the function that is asked for"
     cases, why = [], "no tests"
     for name in filter(row.get, ("official_tests", "tests", "public_test_cases", "examples", "input_output")):
         try:
