@@ -73,8 +73,9 @@ demo: setup
 # A real model, from collection to the same table and picture; each stage goes on where it was. docs/real.md has what was
 # seen. make real MODEL=Qwen/Qwen2.5-Coder-1.5B-Instruct DATA=openai/gsm8k:main; a folder for MODEL, and files by
 # TRAIN=train.jsonl TEST=test.jsonl. The rows of TRAIN: for collection, for phase 2, for validation. Another SRT:
-# OBJECTIVE="two-stage --stage2_size 600"; SEED=1. All of them on make's command line: the environment does not count. SFT takes
-# minutes: a signal saves its state, a kill -9 begins it again; done, it needs none any more (1.5B: 37 GB).
+# OBJECTIVE="two-stage --stage2_size 600"; SEED=1; GPUS=1 where there are more. All of them on make's command line: the
+# environment does not count. SFT takes minutes: a signal saves its state, a kill -9 begins it again; done, it needs none any
+# more (1.5B: 37 GB).
 
 MODEL = Qwen/Qwen2.5-Coder-1.5B-Instruct
 DATA = openai/gsm8k:main
@@ -103,7 +104,7 @@ real: setup
 	@echo "== does the teacher correct, or copy?"
 	$(PY) kl.py --student $(REAL)/srt/final --teacher $(REAL)/srt/final --responses $(REAL)/collect/responses.jsonl --out $(REAL)/kl
 	@echo "== SD-Zero"
-	$(RUN) distill.py --model $(REAL)/srt/final --data $(TRAIN) --range $(word 2,$(ROWS)) --val $(TRAIN) --val_range $(word 3,$(ROWS)) --val_samples 2 --val_every 5 \
+	$(RUN) distill.py --model $(REAL)/srt/final --data $(TRAIN) --range $(word 2,$(ROWS)) --val $(TRAIN) --val_range $(word 3,$(ROWS)) --val_samples 2 --val_every 5 --val_temperature 0.7 \
 	  --out $(REAL)/sdzero --steps $(STEPS) --lr $(LR) --warmup 5 --kl $(KL) $(HOW)
 	@echo "== evaluation, of SD-Zero at the step that validated best"
 	best=$$($(PY) -c 'import json; print("step-%06d" % json.load(open("$(REAL)/sdzero/summary.json"))["best"][0][1])'); \

@@ -119,11 +119,11 @@ def student_pass(student, rows, states, teacher_head, normaliser, args, ranks):
     return dict(zip(names, sums.tolist()))
 
 
-def sample_and_judge(sampler, judge, tokenizer, problems, prompts, mine, seeds, args):
+def sample_and_judge(sampler, judge, tokenizer, problems, prompts, mine, seeds, args, temperature):
     """One y for each number in `mine`, and the future of its verdict: judging goes on while others come."""
     samples, verdicts = [None] * len(mine), [None] * len(mine)
     for sample in sampler.stream(hand_out([prompts[i] for i in mine], seeds), max_tokens=args.max_tokens,
-                                 temperature=args.temperature, top_p=args.top_p):
+                                 temperature=temperature, top_p=args.top_p):
         at, text = sample.request.key, tokenizer.decode(sample.ids, skip_special_tokens=True)
         samples[at], verdicts[at] = sample, judge.submit(problems[mine[at]], text)
     return samples, verdicts
@@ -134,7 +134,7 @@ def validate(sampler, judge, tokenizer, problems, prompts, args, ranks):
     mine = [(i, k) for i in range(len(problems)) for k in range(args.val_samples)][ranks.rank::ranks.world]
     seeds = [request_seed(args.seed, "val", problems[i].id, k) for i, k in mine]
     ys, verdicts = sample_and_judge(sampler, judge, tokenizer, problems, prompts, [i for i, _ in mine], seeds,
-                                    args)
+                                    args, args.val_temperature or args.temperature)
     verdicts = [verdict.result() for verdict in verdicts]
     right = sum_over_ranks(ranks, right=sum(v.correct for v in verdicts))["right"]
     shown = [(i, problems[i].id, verdict.reason, len(y.ids), y.truncated,
@@ -200,6 +200,7 @@ def parse_args():
     add("--val_range", metavar="A:B", help="rows of --val")
     add("--val_every", type=natural, default=20)
     add("--val_samples", type=natural, default=8, help="responses per validation problem")
+    add("--val_temperature", type=positive, help="default: --temperature; better: that of your evaluation")
     add("--save_every", type=natural, default=10, help="steps between states to go on from")
     training.add_training_flags(parser)
     args = run.parse(parser)
@@ -277,7 +278,8 @@ def distill(args, ranks, judge):
         places = range(args.batch)[ranks.rank::ranks.world]
         mine = step_problems(step, args.batch, len(problems), args.seed)[ranks.rank::ranks.world]
         seeds = [request_seed(args.seed, step, place, problems[i].id) for place, i in zip(places, mine)]
-        samples, verdicts = sample_and_judge(sampler, judge, tokenizer, problems, prompts, mine, seeds, args)
+        samples, verdicts = sample_and_judge(sampler, judge, tokenizer, problems, prompts, mine, seeds, args,
+                                             args.temperature)
         sampler.sleep()
         clock.lap("generate")
         verdicts = [verdict.result() for verdict in verdicts]

@@ -278,8 +278,8 @@ def test_samples_and_verdicts_in_any_order():
         verdict = Future()
         verdict.set_result((problem, text))
         return verdict
-    args = SimpleNamespace(max_tokens=1, temperature=1.0, top_p=1.0)
+    args = SimpleNamespace(max_tokens=1, top_p=1.0)
     judge, tokenizer = SimpleNamespace(submit=submit), SimpleNamespace(decode=lambda ids, **_: ids[0])
-    samples, verdicts = distill.sample_and_judge(Reversed(), judge, tokenizer, "abc", [[7], [8], [9]], [2, 0], [5, 6], args)
+    samples, verdicts = distill.sample_and_judge(Reversed(), judge, tokenizer, "abc", [[7], [8], [9]], [2, 0], [5, 6], args, 1.0)
     assert [sample.ids for sample in samples] == [[9], [7]]
     assert [verdict.result() for verdict in verdicts] == [("c", 9), ("a", 7)]

@@ -90,7 +90,7 @@ def test_sft_in_two_stages(qwen, d_revision, tmp_path):
 def test_distill(sync_every, nproc, guesser, qwen, ranks, tmp_path):
     """
     Three steps: warm-up, a teacher of its own, which stays or after the second step is set to the student, validation before each
-    step and at the end.
+    step and at the end, at a temperature of its own.
     """
     for name, n in (("train", 10), ("val", 4)):
         (tmp_path / f"{name}.jsonl").write_text("".join(
@@ -98,7 +98,7 @@ def test_distill(sync_every, nproc, guesser, qwen, ranks, tmp_path):
     run("distill.py", "--model", guesser, "--teacher", qwen, "--data", tmp_path / "train.jsonl", "--out", tmp_path / "out",
         "--batch", 8, "--steps", 3, "--warmup", 2, "--lr", "2e-3", "--weight_decay", 0.1, "--sync_every", sync_every, "--max_tokens", 24,
         "--engine", "hf", "--val", tmp_path / "val.jsonl", "--val_every", 1, "--val_samples", 5, "--seed", 3, "--max_sync_gap", 0.01,
-        nproc=nproc)
+        "--val_temperature", 0.5, nproc=nproc)
     tokenizer = verify.load_tokenizer(guesser)
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (guesser, qwen))
     sampler = HFSampler(guesser, tokenizer, 1024, ranks.device, torch.float32)
@@ -106,16 +106,16 @@ def test_distill(sync_every, nproc, guesser, qwen, ranks, tmp_path):
     with verify.Judge(workers=1) as judge:
         train, val = (verify.load_problems(str(tmp_path / f"{name}.jsonl"), judge)[0] for name in ("train", "val"))
 
-    def sample(problems, seeds):
+    def sample(problems, seeds, **how):
         """[(x, y, right)] from the student as it is now."""
         sampler.load(student.named_parameters())
         prompts = [verify.chat_ids(tokenizer, p) for p in problems]
-        ys = [s.ids for s in sampler.generate(prompts, seeds, max_tokens=24)]
+        ys = [s.ids for s in sampler.generate(prompts, seeds, max_tokens=24, **how)]
         return [(x, y, verify.load_verifier("math").last_boxed(tokenizer.decode(y)) == "3") for x, y in zip(prompts, ys)]
 
     def val_accuracy():
         tries = [(p, k) for p in val for k in range(5)]
-        tried = sample([p for p, _ in tries], [request_seed(3, "val", p.id, k) for p, k in tries])
+        tried = sample([p for p, _ in tries], [request_seed(3, "val", p.id, k) for p, k in tries], temperature=0.5)
         return pytest.approx(sum(ok for *_, ok in tried) / 20)
 
     rows, seen = read(tmp_path / "out/metrics.jsonl"), set()
