@@ -220,6 +220,8 @@ def distill(args, ranks, judge):
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
     val_problems = load(args.val, judge, args.val_range, flag="--val")[0] if args.val else []
     val_prompts = [verify.chat_ids(tokenizer, problem) for problem in val_problems]
+    if both := {p.problem for p in problems} & {p.problem for p in val_problems}:
+        run.say(f"note: {len(both)} of {len(val_problems)} problems of --val are in --data: they are learnt")
     if args.batch > len(problems):
         fail(f"--batch {args.batch} is more than the {len(problems)} problems of --data; lower it")
     longest = max(check_lengths(args.model, each, args.max_tokens, flag)

@@ -178,7 +178,7 @@ def test_rank_0_looks_at_the_disk_for_all(qwen, tmp_path):
     start = lambda *more: run(tmp_path / "blind.py", "--model", qwen, "--data", data, "--val", data, "--val_every", 1, "--val_samples", 1,
                               "--out", tmp_path / "out", "--batch", 4, "--max_tokens", 4, "--engine", "hf", *more, nproc=2, seconds=120,
                               env={"PYTHONPATH": str(REPO)}).stdout
-    start("--steps", 2)
+    assert "note: 6 of 6 problems of --val are in --data" in start("--steps", 2)
     assert "from step 2" in start("--steps", 3)
     assert [row["step"] for row in read(tmp_path / "out/metrics.jsonl")] == [0, 1, 2]
     best = json.load(open(tmp_path / "out/summary.json"))["best"]

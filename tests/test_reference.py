@@ -95,10 +95,11 @@ def test_distill(sync_every, nproc, guesser, qwen, ranks, tmp_path):
     for name, n in (("train", 10), ("val", 4)):
         (tmp_path / f"{name}.jsonl").write_text("".join(
             json.dumps({"id": f"{name}{i}", "problem": f"{i}+{n}=?", "answer": "3"}) + "\n" for i in range(n)))
-    run("distill.py", "--model", guesser, "--teacher", qwen, "--data", tmp_path / "train.jsonl", "--out", tmp_path / "out",
+    done = run("distill.py", "--model", guesser, "--teacher", qwen, "--data", tmp_path / "train.jsonl", "--out", tmp_path / "out",
         "--batch", 8, "--steps", 3, "--warmup", 2, "--lr", "2e-3", "--weight_decay", 0.1, "--sync_every", sync_every, "--max_tokens", 24,
         "--engine", "hf", "--val", tmp_path / "val.jsonl", "--val_every", 1, "--val_samples", 5, "--seed", 3, "--max_sync_gap", 0.01,
         "--val_temperature", 0.5, nproc=nproc)
+    assert "of --val" not in done.stdout
     tokenizer = verify.load_tokenizer(guesser)
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (guesser, qwen))
     sampler = HFSampler(guesser, tokenizer, 1024, ranks.device, torch.float32)
