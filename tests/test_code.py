@@ -82,7 +82,8 @@ def pool():
     (fenced("print(1)").replace("\n", "\r\n"), PYTHON, "print(1)\n"),
     (fenced("print(1)") + "\n```python\nprint(2", PYTHON, "print(1)\n"),  # the last one is not closed
     ("```python\nprint(0)\n```python\nprint(1)\n```", PYTHON, "print(1)\n"),
-    ("1. so:\n   ```py\n   print(1)\n   ```", PYTHON, "   print(1)\n"),
+    ("1. so:\n   ```py\n   print(1)\n   ```", PYTHON, "print(1)\n"),  # in a list
+    ("1. so:\n   ```py\n   if 1:\n       print(1)\n   ```", PYTHON, "if 1:\n    print(1)\n"),
 ])
 def test_last_program(response, language, source):
     assert code.last_program(response) == (language, source)
@@ -197,6 +198,16 @@ def test_function_tests_are_decoded(value):
     assert args + list(kwargs.values()) == [[2, 7], 9]
 
 
+def test_results_beside_typed_arguments_are_typed():
+    """TACO and APPS: a text among them is a text, digits or not; elsewhere it is JSON or Python."""
+    columns = {"fn_name": "f", "inputs": [["11", "123"], ["a", "b"]], "outputs": ["134", "ab"]}
+    tests, _ = code.gold({"input_output": json.dumps(columns), "entry_point": "f"})
+    assert [json.loads(expected) for _, expected in tests["cases"]] == ["134", "ab"]
+    lines = {"fn_name": "f", "inputs": ["11\n123"], "outputs": ["134"]}  # LiveCodeBench: all of it is text
+    tests, _ = code.gold({"input_output": json.dumps(lines), "entry_point": "f"})
+    assert tests["cases"] == [['["f", [11, 123], {}]', "134"]]
+
+
 def test_tolerance_and_time_limit_come_from_the_problem():
     text = "Print x. Your absolute or relative error must not exceed $10^{-6}$."
     tests, _ = code.gold({"tests": PAIRS, "problem": text, "time_limit": 1.5})
@@ -204,6 +215,11 @@ def test_tolerance_and_time_limit_come_from_the_problem():
     assert code.gold({"tests": PAIRS, "tolerance": 0.01})[0]["tolerance"] == 0.01
     assert code.gold({"tests": PAIRS, "problem": "Print x.", "output_format": text})[0]["tolerance"] == 1e-6
     assert code.gold({"tests": PAIRS, "problem": "Print x."})[0]["tolerance"] is None
+    for spelled in ("10 - 6", "10^-6", "10<sup>-6</sup>", "1e-6", "1E-6"):
+        row = {"tests": PAIRS, "problem": text.replace("10^{-6}", spelled)}
+        assert code.gold(row)[0]["tolerance"] == 1e-6
+    for odd in (float("nan"), float("inf"), True, -1.0, "1e-6"):  # then the text counts
+        assert code.gold({"tests": PAIRS, "problem": text, "tolerance": odd})[0]["tolerance"] == 1e-6
 
 
 def test_a_gold_survives_json():
@@ -224,6 +240,7 @@ def test_a_gold_survives_json():
     ("", "3", None, False), ("3\n3", "3", None, False), (" 3", "3", None, False),
     ("a\n\nb", "a\nb", None, False), ("1 2", "1\n2", 1e-6, False),
     ("1\n\n2", "1\n2", 1e-6, False), ("1  2", "1 2", 1e-6, True), ("1  2", "1 2", None, False),
+    ("7", "1" + "0" * 400, 1e-6, False), ("1" + "0" * 400, "1" + "0" * 400, 1e-6, True),  # infinite as floats
 ])
 def test_same_text(output, expected, tolerance, same):
     assert code.same_output(output, expected, tolerance) == same
@@ -315,6 +332,23 @@ def test_other_languages(pool, language):
                     for cases in (ADD["cases"], [("1 2", "4")]))
     verdicts = pool([right, wrong], [fenced(OTHERS[language], language.names.split()[0])] * 2)
     assert [verdict.reason for verdict in verdicts] == ["right", "wrong"]
+
+
+GCD = [{"input": "4\n6", "output": "2"}]
+
+
+@sandboxed
+@pytest.mark.parametrize("source, reason", [
+    ("pass", "wrong"), ("from math import gcd", "right"),
+    ("def gcd(a, b): return a if not b else gcd(b, a % b)", "right"),
+    ("class Solution:\n    def gcd(self, a, b): return a if not b else self.gcd(b, a % b)", "right"),
+    ("class Solution:\n    def gcd(self, a, b): return gcd(a, b) * pow(a, 0, 7)", "right"),
+    ("from __future__ import annotations\nfrom dataclasses import dataclass\n"
+     "@dataclass\nclass A:\n    x: int\ndef gcd(a, b): return A(2).x", "right"),
+])
+def test_the_imports_before_a_program_are_not_its_own(source, reason):
+    """What the driver has imported too is the program's to define; pow is Python's, of three arguments."""
+    assert code.judge(code.gold({"tests": GCD, "entry_point": "gcd"})[0], fenced(source), LIMITS) == reason
 
 
 TWO_SUM = [{"input": "nums = [2,7], target = 9", "output": "[0, 1]"}]

@@ -17,6 +17,7 @@ import signal
 import struct
 import subprocess
 import tempfile
+import textwrap
 import time
 from collections import namedtuple
 
@@ -53,10 +54,10 @@ def gold(row):
         cases += [case for case in found if case not in cases]
     seconds, tolerance = row.get("time_limit"), row.get("tolerance")
     seconds = min(seconds, 60.0) if isinstance(seconds, (int, float)) and seconds > 0 else None
-    if not isinstance(tolerance, (int, float)):
+    if type(tolerance) not in (int, float) or not 0 <= tolerance < 1:  # nor nan
         text = " ".join(str(row.get(name)) for name in ("problem", "question", "prompt", "output_format"))
         error = re.search(r"(?:absolute|relative)[^.]{,40}error[^.]{,80}?"
-                          r"(?:10 *\^ *\{? *[-−–] *|1e-)(\d+)", text)
+                          r"(?:10 *(?:\^|<sup>)? *\{? *[-−–] *|1[eE]-)(\d+)", text)
         tolerance = 10.0 ** -int(error[1]) if error else None
     tests = {"cases": cases, "entry_point": entry, "seconds": seconds, "tolerance": tolerance}
     return (tests, None) if cases else (None, why)
@@ -73,7 +74,9 @@ def read_cases(value, entry):
     else:
         pairs = [(case["input"], case["output"]) for case in value]
     if entry:
-        return [[json.dumps([entry, *arguments(given)]), json.dumps(literal(result), **SPELLING)]
+        typed = isinstance(value, dict) and value.get("fn_name")  # of TACO and APPS: a text is no JSON there
+        return [[json.dumps([entry, *arguments(given)]),
+                 json.dumps(result if typed and isinstance(given, list) else literal(result), **SPELLING)]
                 for given, result in pairs]
     pairs = [["\n".join(map(str, x if isinstance(x, list) else [x])) for x in pair] for pair in pairs
              if not {type(None), dict} & {*map(type, pair)}]
@@ -114,14 +117,17 @@ COMPILE_SECONDS, ALL_TESTS = 20.0, 20  # all tests of a program may take so many
 BLOCK = re.compile(r"^[ \t]*```[ \t]*([^\s`]+)(?=\s)[^`\n]*\n((?:(?![ \t]*```).*\n)*)[ \t]*```[ \t]*$", re.M)
 NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d{1,3})?")
 # Calls a function on a test's arguments. Its result has a descriptor of its own, where nothing printed goes.
-DRIVER = f"""import json, os, sys
+DRIVER = f"""import builtins, json, os, sys
 out = os.dup(1)
 os.dup2(2, 1)
 sys.setrecursionlimit(100000)
-names = dict(__name__="solution")
+given = dict()
 exec("import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys\\n"
      "from bisect import *; from collections import *; from functools import *; from heapq import *\\n"
-     "from itertools import *; from math import *; from typing import *", names)
+     "from itertools import *; from math import *; from typing import *", given)
+solution = sys.modules["solution"] = type(sys)("solution")
+names = vars(solution)
+names["__builtins__"] = given | vars(builtins)  # what the program defines itself is in names; pow takes three
 exec(compile(open("main.py").read(), "main.py", "exec"), names)
 entry, args, kwargs = json.load(sys.stdin)
 call = "Solution()." + entry if entry.isidentifier() and entry not in names else entry
@@ -135,7 +141,8 @@ def last_program(response):
     if "<think>" in response and "</think>" not in response:
         return None
     blocks = BLOCK.findall(response.rpartition("</think>")[2].replace("\r\n", "\n"))
-    return next(((language, source) for name, source in reversed(blocks) for language in LANGUAGES
+    return next(((language, textwrap.dedent(source))
+                 for name, source in reversed(blocks) for language in LANGUAGES
                  if name.lower() in language.names.split() and shutil.which(language.tool, path=PATH)), None)
 
 
@@ -184,7 +191,7 @@ def same_output(output, expected, tolerance=None):
     mine, theirs = ([word for line in lines for word in (*line.split(), "\n")] for lines in (mine, theirs))
     return len(mine) == len(theirs) and all(
         a == b or (NUMBER.fullmatch(a) and NUMBER.fullmatch(b)
-                   and abs(float(a) - float(b)) <= tolerance * max(1, abs(float(b))))
+                   and abs(float(a) - float(b)) <= tolerance * max(1, abs(float(b))) < float("inf"))
         for a, b in zip(mine, theirs))
 
 

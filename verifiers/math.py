@@ -16,6 +16,8 @@ sys.set_int_max_str_digits(20_000)
 SPELLINGS = [(re.compile(a), b) for a, b in (  # in this order; words and units come into \text{}
     ("−", "-"), ("π", r"\\pi "), ("√", r"\\sqrt "), ("∞", r"\\infty "), ("×", r"\\times "),
     (r"\\[()\[\]]|\\(?:left|right|displaystyle|boldsymbol|underline)(?![a-z])", ""),  # \( \left(
+    (r"(?<![\w^_.}])(\d+) ?(?=\()|(?<=\)) ?(?=\()", r"\1 \\cdot "),  # 3(4): to the parser a mixed number
+    (r"(\\[dt]?binom ?\{[^{}]*\} ?\{[^{}]*\}) ?(?=[\d(]|\\[dt]?binom)", r"\1 \\cdot "),
     (r"\\\$|(?<!\\)\$(?=\s*\d[^$]*$)", r"\\text{dollar}"), (r"\$", ""),  # \$5 and $5 are money, $x$ is not
     (r"(?<=\d)(?:\{,\}|,?\\[,!] ?|\\ |~)(?=\d{3}(?!\d))", ""),  # 10{,}000 10,\!000 10\,000
     (r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d)\]}]|,\d)", lambda m: m[0].replace(",", "")),  # not (10,000)
@@ -28,14 +30,17 @@ SPELLINGS = [(re.compile(a), b) for a, b in (  # in this order; words and units 
     (r"(?<=\d)_ ?\{? ?(\d+) ?\}?", r"\\text{base \1}"), (r"'|\^ ?\{?\\prime ?\}?", "_{prime}"),  # 101_2 y'
     (r"\\(?:operatorname\*?|text\w*|math(?:rm|bf|it)|mbox) ?(?=\{)", r"\\text"),
     (r"\\text\{([^A-Za-z{}(]+)", r"\1\\text{"), (r"\\text\{ *\}", ""), (r"\\([gG])amma(?![a-z])", r" X_\1 "),
-    (r"_ ?\{? ?\\(?:text ?\{)?(\w+)\}? ?\}?", r"_{\1}"), (r"^ ?\w ?\\in(?![a-z])", ""),  # x_{\max} x \in
+    (r",? *(?:\\text\{ *for (?:all|any|every)\b|\\forall).*$", ""),  # 2x \text{ for all } x
+    (r"_ ?\{? ?\\(?:text ?\{)?(\w+)\}? ?\}?", r"_{\1}"), (r"^ ?\w ?\\in(?![a-z])|^ *=", ""),  # x_{\max} x \in
     (r"∅|\\varnothing|\\emptyset|\\\{ ?\\\}", r"\\text{empty}"), (r"^ *\\text\{[( ]*(\w)[). ]*\}$", r"\1"),
+    (r"(?<![A-Za-z\\_])(?<![_t]\{)I(?![A-Za-z])", " X_I "),  # to the parser imaginary
     (r"(?<=[\d}]) ?((?:[cmk]m|kg|ft|mph|[a-z]{4,})(?:[ /][a-z]+)*)(?=[.,;\^ ]|$)", r"\\text{\1}"),  # 5 cm
     (r",? *\\text\{ ?(?:and|or) ?\}|(?<![\\A-Za-z{])(?:and|or)(?![A-Za-z])", ","),  # 2 or 3
     (r"(^|,) *([A-Za-z][A-Za-z .'-]{0,79}[A-Za-z])(?=[ .]*(?:,|$))", r"\1\\text{\2}"),  # yes
-    (r"^[^():]+:[^()]+$", lambda m: f"({m[0].replace(':', ',')})"),  # 3:4
-    (r"^ ?(\w) ?= ?([^,=]+), ?(?!\1)(\w) ?= ?([^,=]+)$", lambda m:  # y = 2, x = 1 as (x, y) = (1, 2)
-     "({},{})=({},{})".format(*sorted(m.group(1, 3)), *(m.group(2, 4) if m[1] < m[3] else m.group(4, 2)))))]
+    (r"^[^():]+:[^()]+$", lambda m: f"({m[0].replace(':', ',')})"))]  # 3:4
+by_name = lambda m: "({},{})=({},{})".format(
+    *sorted(m.group(1, 3)), *(m.group(2, 4) if m[1] < m[3] else m.group(4, 2)))
+PAIR = re.compile(r"^ ?(\w) ?= ?([^,=]+), ?(?!\1)(\w) ?= ?([^,=]+)$")  # y = 2, x = 1 against (1, 2)
 NAME = re.compile(r"(\|?(?:\\angle )?(?:\\text\{[^{}]*\}|\\?[A-Za-z]+)(?:_\{\w+ ?\}|_\w)*(?:\([^()]{1,9}\))?"
                   r"\|?|\([A-Za-z](?:, ?[A-Za-z])+\)) ?(?:=|\\approx) ?([^=]+)")  # x_1 = f(x) = (x, y) =
 BRACKETS = re.compile(r"([(\[])((?!.*\\c[au]p).*[,;].*)([)\]])")  # of a tuple or interval
@@ -49,8 +54,9 @@ def gold(row):
     """(gold answer, None) of a row, whatever its fields are called, or (None, why there is none)."""
     for name in ("answer", "final_answer", "solution", "output"):
         value = row.get(name)
-        text = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
-        if isinstance(value, (bool, dict)):
+        parts = [part for part in (value if isinstance(value, list) else [value]) if part is not None]
+        text = ", ".join(map(str, parts))
+        if isinstance(value, (bool, dict, bytes)):
             return None, f"field '{name}' is {type(value).__name__}"
         if not text.strip():
             continue
@@ -71,6 +77,8 @@ def judge(gold, response, limits):
         return "wrong" if answer else "no answer"
     for pattern, new in SPELLINGS:
         gold, answer = pattern.sub(new, gold), pattern.sub(new, answer)
+    gold, answer = (PAIR.sub(by_name, a) if b.lstrip()[:1] == "(" else a
+                    for a, b in ((gold, answer), (answer, gold)))
     try:
         return "right" if same(gold, answer) else "wrong"
     except UNREADABLE:  # not MemoryError: it ends the worker
@@ -107,6 +115,8 @@ def same(gold, answer):
     unit, other = (re.sub(r"\\text|[{}^. ]|(?<=[a-z]{2})s\b", "", (m[1] + m[3]).lower()) for m in (g, a))
     if not g[2] or not a[2]:  # text
         return unit == other and unit not in ("", "nan", "inf", "null") and g[2] == a[2]
+    if unit != other and re.search(r"text\{(?!base)[^{}]*(?<![a-z^{-])\d", g[3] + a[3]):  # 5 \text{ or 6}
+        return False
     e, f = value(g[2]), value(a[2])
     if e.free_symbols != f.free_symbols or ("=" in gold) != ("=" in answer) or len({unit, other, ""}) > 2:
         return False
@@ -130,7 +140,8 @@ def value(text):
             text, normalization_config=None, conversion_config=Config(lowercase_symbols=False))
     except Exception as e:  # its grammar raises bare Exceptions
         raise (e if isinstance(e, MemoryError) else ValueError(f"no value: {text[:40]}")) from e
-    functions = {f: sympy.Symbol(str(f)) for f in read.atoms(sympy.core.function.AppliedUndef)}  # f(x)
+    functions = read.atoms(sympy.core.function.AppliedUndef, sympy.Derivative)  # f(x), dy/dx
+    functions = {f: sympy.Symbol(str(f)) for f in functions}
     read = read.xreplace(functions | {sympy.Symbol("i"): sympy.I})
     if isinstance(read, sympy.Eq):  # as what is the same for any multiple of it, and nan if it is always true
         zero = read.lhs - read.rhs
@@ -138,10 +149,12 @@ def value(text):
     return read.doit() if isinstance(read, sympy.Expr) and not read.free_symbols else read
 
 def equal(e, f):
-    """Whether two values agree at three points: large for floors, negative, small for x^{200}+1."""
-    told = 0
-    for size in (7, -71, 500) if isinstance(e, sympy.Expr) and isinstance(f, sympy.Expr) else ():
-        at = {s: sympy.Rational(random.Random(f"{s} {size}").randint(100, 999), size) for s in e.free_symbols}
+    """Whether two values agree at three points: large, negative, small for x^{200}+1; floors at 40 whole."""
+    told, both = 0, isinstance(e, sympy.Expr) and isinstance(f, sympy.Expr)
+    whole = both and (e - f).has(sympy.floor, sympy.ceiling)
+    for size in range(40) if whole else (7, -71, 500) if both else ():
+        at = {s: random.Random(f"{s} {size}").randint(1, 40) if whole else
+              sympy.Rational(random.Random(f"{s} {size}").randint(100, 999), size) for s in e.free_symbols}
         try:
             difference = (e - f).subs(at).evalf(2, strict=True)
         except sympy.core.evalf.PrecisionExhausted:  # zero, as far as 100 digits can tell
