@@ -106,6 +106,7 @@ real: setup
 	@echo "== SD-Zero"
 	$(RUN) distill.py --model $(REAL)/srt/final --data $(TRAIN) --range $(word 2,$(ROWS)) --val $(TRAIN) --val_range $(word 3,$(ROWS)) --val_samples 2 --val_every 5 --val_temperature 0.7 \
 	  --out $(REAL)/sdzero --steps $(STEPS) --lr $(LR) --warmup 5 --kl $(KL) $(HOW)
+	test -e $(REAL)/sdzero/summary.json
 	@echo "== evaluation, of SD-Zero at the step that validated best"
 	best=$$($(PY) -c 'import json; print("step-%06d" % json.load(open("$(REAL)/sdzero/summary.json"))["best"][0][1])'); \
 	for m in base:$(MODEL) rft:$(REAL)/rft/final srt:$(REAL)/srt/final sdzero:$(REAL)/sdzero/best/$$best; do \

@@ -226,8 +226,8 @@ def distill(args, ranks, judge):
         fail(f"--batch {args.batch} is more than the {len(problems)} problems of --data; lower it")
     longest = max(check_lengths(args.model, each, args.max_tokens, flag)
                   for each, flag in ((prompts, "--data"), (val_prompts, "--val")) if each)
-    if args.topk > len(tokenizer):
-        fail(f"--topk {args.topk} is more than the {len(tokenizer)} tokens of the vocabulary; lower it")
+    if args.topk > tokenizer.vocabulary:
+        fail(f"--topk {args.topk} is more than the {tokenizer.vocabulary} tokens of the vocabulary; lower it")
     if not args.fresh and (made := run.from_rank_0(checkpoint.steps_made, args.out)) > args.steps:
         fail(f"--steps {args.steps}: the run in {args.out} has made {made}; give as many, or --fresh")
     max_teacher_len = min(args.max_teacher_len, verify.context_length(args.teacher))
@@ -283,17 +283,19 @@ def distill(args, ranks, judge):
         samples, verdicts = sample_and_judge(sampler, judge, tokenizer, problems, prompts, mine, seeds, args,
                                              args.temperature)
         sampler.sleep()
+        torch.distributed.barrier()  # a wait for the slowest is no time of the teacher
         clock.lap("generate")
         verdicts = [verdict.result() for verdict in verdicts]
-        clock.lap("judge")
 
         rows = [make_row(tokenizer, phrases, problems[i], prompts[i], y, verdict.correct, max_teacher_len)
                 for i, y, verdict in zip(mine, samples, verdicts)]
         rows = [row for row in rows if row.y]  # not one without room for y
         weight = sum_over_ranks(ranks, weight=sum(row.weight * len(row.y) for row in rows))["weight"]
+        clock.lap("judge")
         states = teacher_states(teacher, rows + [DUMMY], args.micro_tokens, ranks.device)
         clock.lap("teacher")
         sums = student_pass(student, rows + [DUMMY], states, teacher_head, weight or 1.0, args, ranks)
+        del states  # or they stay while the next step samples
         lr, norm = args.lr * min(1.0, (step + 1) / max(1, args.warmup)), 0.0
         if weight:  # where no row has any, the step makes no update
             norm = training.optimizer_step(student, optimizer, lr, args.clip)

@@ -267,7 +267,7 @@ def main():
     tokenizer = verify.load_tokenizer(args.teacher)
     verify.same_vocabulary(args.student, verify.load_tokenizer(args.student), args.teacher, tokenizer)
     phrases = verify.phrases_of(args.teacher, args.phrases)
-    rows = read_responses(args.responses, args.max_responses, len(tokenizer))
+    rows = read_responses(args.responses, args.max_responses, tokenizer.vocabulary)
     student, teacher = (load(model, ranks.device) for model in (args.student, args.teacher))
 
     def likely(hidden, head):  # at each row of hidden the five likeliest tokens: [[(id, probability)]]

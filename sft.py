@@ -18,6 +18,7 @@ are token ids as sampled, packed without padding, and do not see each other; log
     torchrun --nproc_per_node 4 sft.py ... the same        # as many ranks as --batch has sequences, at most
 """
 import argparse
+import glob
 import math
 import os
 import random
@@ -115,6 +116,9 @@ def read_rows(path, objective, tokenizer, phrases, max_len, no_clean, counts):
     """The rows to train on, cleaned, each once. Counts what was cleaned, and why others were dropped."""
     names = ["y_init"] if objective == "rft" else ["y_init", "y_revised"]  # the last must be right
     tokens, rows = {f"{name}_tokens": list for name in names}, {}  # rows: by their ids
+    if glob.glob("responses.rank*.jsonl", root_dir=os.path.dirname(path) or "."):
+        fail(f"--data {path}: the collection in its folder has not ended; start srt.py again with the same "
+             "command, or copy this file elsewhere to train on what it has")
     for line, row in run.read_jsonl(path):
         if "kind" in row and objective != "rft":
             fail(f"{path}:{line}: a row of responses.jsonl; --objective {objective} wants d_revision.jsonl")
@@ -132,7 +136,7 @@ def read_rows(path, objective, tokenizer, phrases, max_len, no_clean, counts):
             counts[f"dropped: empty {names[-1]}"] += 1
             continue
         for name in names:
-            training.check_ids(row[f"{name}_tokens"], len(tokenizer), f"{path}:{line}")
+            training.check_ids(row[f"{name}_tokens"], tokenizer.vocabulary, f"{path}:{line}")
             if not rows and not spells(tokenizer, row[f"{name}_tokens"], row.get(name)):
                 fail(f"{path}:{line}: the tokens of {name} are not its text with this model's tokenizer; "
                      "give the --model that srt.py had, or one with its tokenizer")

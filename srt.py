@@ -194,7 +194,7 @@ class Progress:
         if self.ranks.rank:
             return
         count = lambda name: self.ranks.store.add(name, 0)
-        seconds, taken = max(1e-3, time.perf_counter() - self.started), min(count("taken"), self.problems)
+        seconds, taken = max(1e-3, time.perf_counter() - self.started), count("ended")
         time_left = tqdm.format_interval(seconds / taken * (self.problems - taken)) if taken else "?"
         line = f"problems {taken}/{self.problems} [{tqdm.format_interval(seconds)}<{time_left}]"
         if self.target is not None:
@@ -269,7 +269,9 @@ def collect(args, ranks, judge):
 
     dist.barrier()  # the first engine that is up would take what the others could do
     done = read_rows(args.out)  # what an earlier run of the same command has finished
-    file = open(os.path.join(args.out, f"responses.rank{ranks.rank}.jsonl"), "a")
+    for row in done.values():  # on each rank, as long as it runs: nothing asks for these
+        row.pop("y_revised", None), row.pop("y_revised_tokens", None)
+    file = open(os.path.join(args.out, f"responses.rank{ranks.rank}.jsonl"), "a", encoding="utf-8")
     progress = Progress(ranks, len(problems), args.target if keeps else None)
     waiting, judging = deque(), set()  # for serve: requests, whose keys get the Samples; verdicts to come
     stopped = lambda: ranks.store.add("stop", len(caught)) > 0  # as soon as any rank has had a signal
@@ -281,6 +283,7 @@ def collect(args, ranks, judge):
             if i >= len(problems):
                 return
             await asyncio.gather(*(attempt(problems[i], prompts[i], k) for k in range(args.num_responses)))
+            ranks.store.add("ended", 1)
 
     async def attempt(problem, x, k):
         """Steps 1 to 4 for the k-th y_init of a problem; counts its right revisions, for --target."""
@@ -334,11 +337,11 @@ def collect(args, ranks, judge):
     workers = [work() for _ in range(min(sampler.max_seqs, math.ceil(len(problems) / ranks.world)))]
     tokens = serve(workers, waiting, judging, stopped, sampler, max_tokens=args.max_tokens,
                    temperature=args.temperature, top_p=args.top_p, logprobs=False)
-    seconds = time.perf_counter() - started
     progress.show("\n")
     file.close()
     tokens_of = [None] * ranks.world
     dist.all_gather_object(tokens_of, tokens)
+    seconds = time.perf_counter() - started  # until the last rank is done
 
     if stopped():
         run.say(f"stopped by a signal: what is judged is in {args.out}; the same command goes on there")

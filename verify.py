@@ -192,12 +192,17 @@ def phrases_of(model, override=None):
 
 def load_tokenizer(model):
     """
-    The tokenizer of a model folder, with one attribute more: `end_ids`, the ids that end a turn (what its
-    generation config and itself call eos), first the one that its chat template ends an assistant turn with.
+    The tokenizer of a model folder, with two attributes more: `vocabulary`, the entries of the model's head,
+    and `end_ids`, the ids that end a turn (what its generation config and itself call eos), first the one
+    that its chat template ends an assistant turn with.
     """
+    if os.path.exists(os.path.join(model, "final", "config.json")):
+        fail(f"model {model} cannot be used: it is a run's folder; its model is {model.rstrip('/')}/final")
+    if not os.path.exists(model) and (model.startswith(("/", ".")) or model.count("/") > 1):
+        fail(f"model {model} cannot be used: it is not there, and no name on the hub")
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
     try:
-        AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(model)
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         turn, eos = tokenizer.apply_chat_template(messages, return_dict=False), None
@@ -213,7 +218,7 @@ def load_tokenizer(model):
     last = next((i for i in reversed(turn) if i in ends), None)
     if last is None:
         fail(f"model {model}: its chat template ends no assistant turn with one of its eos {sorted(ends)}")
-    tokenizer.end_ids = [last, *sorted(ends - {last})]
+    tokenizer.end_ids, tokenizer.vocabulary = [last, *sorted(ends - {last})], config.vocab_size
     return tokenizer
 
 
@@ -225,11 +230,9 @@ def context_length(model):
 
 def same_vocabulary(student, student_tokenizer, teacher, teacher_tokenizer):
     """Ends the program if the tokenizers of these two models differ, or the sizes of their heads."""
-    from transformers import AutoConfig
     if student_tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
         fail(f"--teacher {teacher} and {student} have different tokenizers: the KL needs one vocabulary")
-    theirs, ours = (AutoConfig.from_pretrained(model).get_text_config().vocab_size
-                    for model in (teacher, student))
+    theirs, ours = teacher_tokenizer.vocabulary, student_tokenizer.vocabulary
     if theirs != ours:
         fail(f"--teacher {teacher} has {theirs} vocabulary entries, {student} has {ours}: the KL needs one "
              "vocabulary")

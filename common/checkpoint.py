@@ -51,8 +51,10 @@ def save_model(path, model, tokenizer, phrases, dtype):
         os.makedirs(tmp, exist_ok=True)
         save_file(tensors, os.path.join(tmp, "model.safetensors"), metadata={"format": "pt"})
         model.config.update({"sdzero_phrases": phrases, "dtype": dtype})
-        for part in (model.config, model.generation_config, tokenizer):
+        for part in (model.config, tokenizer):
             part.save_pretrained(tmp)
+        # save_pretrained refuses much that from_pretrained takes: a temperature without do_sample
+        Path(tmp, "generation_config.json").write_text(model.generation_config.to_json_string())
         replace_folder(tmp, path)
     dist.barrier()
 
@@ -68,8 +70,9 @@ def keep_best(out, best, step, accuracy, save, keep=3):
     if [accuracy, step] in ranked:
         save(os.path.join(out, "best", name(step)))
     if dist.get_rank() == 0:
-        for folder in set(os.listdir(os.path.join(out, "best"))) - {name(kept) for _, kept in ranked}:
-            shutil.rmtree(os.path.join(out, "best", folder))  # also what a kill has left
+        for folder in Path(out, "best").glob("step-" + 6 * "[0-9]" + "*"):  # also what a kill has left
+            if folder.name not in {name(kept) for _, kept in ranked}:
+                shutil.rmtree(folder)
     return ranked
 
 

@@ -132,6 +132,7 @@ def log(metrics, args, ranks, step, sums, clock, **others):
            "mfu": training.mfu(sums["flops"], spent, ranks.world), **others}
     more = f"  val {row['val_accuracy']:.3f}" if "val_accuracy" in row else ""
     more += f"  cut {row['cut']:.1%}" if row["cut"] else ""
+    more += f"  judge failed {row['judge_failed']:.1%}" if row["judge_failed"] else ""
     more += "" if row["updated"] else "  no update: no row has weight"
     parts = " ".join(f"{part} {seconds:.1f}" for part, seconds in clock.seconds.items())
     metrics.report(f"step {step + 1}/{args.steps}  KL {row['loss']:.4f}  reward {row['reward']:.3f}  length "

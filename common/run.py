@@ -146,6 +146,10 @@ def open_out(args, ranks, free, product, data, **wanted):
         make_out(args.out)
         hold(args.out)
         if args.fresh and os.listdir(args.out):
+            inside = os.path.join(os.path.realpath(args.out), "")
+            for name in ("model", "teacher", "data", "val"):
+                if os.path.realpath(getattr(args, name, None) or "/").startswith(inside):
+                    fail(f"--{name} lies in --out {args.out}, which --fresh would rename; give another --out")
             old = f"{args.out.rstrip('/')}.old-{time.strftime('%Y%m%d-%H%M%S')}"
             os.rename(args.out, old)
             print(f"--fresh: {args.out} is now {old}")
@@ -207,10 +211,10 @@ def finished(out, product, **wanted):
 
 
 def begin(args, ranks):
-    """A run that goes on has not finished until it has again: takes its summary.json away."""
-    if ranks.rank == 0:
+    """A run that goes on has not finished until it has again: takes what it writes at its end away."""
+    for name in ("summary.json", "d_revision.jsonl") if ranks.rank == 0 else ():
         with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(args.out, "summary.json"))
+            os.remove(os.path.join(args.out, name))
 
 
 def finish(args, ranks, found):
@@ -233,8 +237,8 @@ def fail(message):
 
 def write_atomically(path, content):
     """Writes a file, text or bytes, at once or not at all."""
-    with open(path + ".tmp", "wb" if isinstance(content, bytes) else "w") as f:
-        f.write(content)
+    with open(path + ".tmp", "wb") as f:
+        f.write(content if isinstance(content, bytes) else content.encode())
     os.replace(path + ".tmp", path)
 
 

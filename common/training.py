@@ -163,6 +163,17 @@ def check_ids(ids, vocabulary, where):
                  "with this model")
 
 
+def unlike(model):
+    """What a model does that packed_attention, packed_forward and the losses do not: names, sorted."""
+    config = model.config.get_text_config()
+    odd = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, name, None) not in (None, 1):
+            odd.add(name)
+    odd |= {name for name, _ in model.named_parameters() if name.endswith((".sinks", "lm_head.bias"))}
+    return sorted(odd)
+
+
 def load_model(path, ranks, mesh, dtype, trainable=True, checkpointing=False, compile=False,
                held=torch.float32):
     """
@@ -174,6 +185,9 @@ def load_model(path, ranks, mesh, dtype, trainable=True, checkpointing=False, co
     model = load_weights(path, attn_implementation="packed")
     if not hasattr(model.get_decoder(), "layers"):
         fail(f"model {path}: {type(model).__name__} has no decoder layers that take packed rows; give one "
+             "built as Qwen, Llama or Olmo are")
+    if odd := unlike(model):
+        fail(f"model {path} has {', '.join(odd)}, which packed rows or the loss would leave out; give one "
              "built as Qwen, Llama or Olmo are")
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     torch._dynamo.config.recompile_limit = 64  # student, teacher, ranges of lengths share a layer's code

@@ -217,10 +217,10 @@ def test_the_context_bounds_what_the_teacher_reads(qwen, tmp_path):
 
 def test_crashes_of_the_judge_are_counted(qwen, tmp_path):
     (tmp_path / "own.py").write_text("INSTRUCTION = ''\ndef gold(row): return 1, None\ndef judge(*_): return 1 / 0\n")
-    run("distill.py", "--model", qwen, "--data", write_problems(tmp_path / "data.jsonl", 6), "--out", tmp_path / "out", "--steps", 1,
-        "--batch", 4, "--max_tokens", 4, "--engine", "hf", "--mode", tmp_path / "own.py")
+    done = run("distill.py", "--model", qwen, "--data", write_problems(tmp_path / "data.jsonl", 6), "--out", tmp_path / "out", "--steps", 1,
+               "--batch", 4, "--max_tokens", 4, "--engine", "hf", "--mode", tmp_path / "own.py")
     row, = read(tmp_path / "out/metrics.jsonl")
-    assert row["reward"] == 0 and row["judge_failed"] == 1
+    assert row["reward"] == 0 and row["judge_failed"] == 1 and "judge failed 100.0%" in done.stdout
 
 
 @pytest.mark.parametrize("kind, topk", [("forward", 0), ("mixed", 8)])

@@ -294,7 +294,7 @@ def test_a_merge_that_breaks_loses_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_line_of_progress(terminal, monkeypatch, capsys):
     """Problems, kept, accuracies, speed: one line of at most 100 columns, in its place or one a minute."""
-    counts, now = {"taken": 9_000, "kept": 5_432}, [1_000_000.0]
+    counts, now = {"ended": 9_000, "kept": 5_432}, [1_000_000.0]
     monkeypatch.setattr(srt.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(srt.sys.stderr, "isatty", lambda: terminal)
     ranks = Ranks(0, 8, "cpu", SimpleNamespace(add=lambda name, n: counts[name]))

@@ -314,6 +314,8 @@ def test_changed_flags(inputs, whole, tmp_path):
     assert "nothing to do" in start("--steps", 3, "--save_every", 7)[0]
     assert json.load(open(out / "flags.json"))["lr"] == 2e-3 and not (out / "flags.json.tmp").exists()
     assert "--steps 1" in one_error(start("--steps", 1, ok=False)[1])
+    for flag, inside in (("--model", out / "final"), ("--data", out / "metrics.jsonl")):
+        assert f"{flag} lies in --out {out}" in one_error(start(flag, inside, "--fresh", ok=False)[1])
     start("--steps", 1, "--seed", 1, "--fresh")
     old, = tmp_path.glob("out.old-*")
     assert len(read(old / "metrics.jsonl")) == 3 and len(read(out / "metrics.jsonl")) == 1
@@ -547,6 +549,7 @@ def bad(inputs, tmp_path_factory):
     write("twice.jsonl", *good, good[0].replace("+1", "+2"))
     write("long.jsonl", *good, json.dumps({"problem": "1+" * 800 + "1=?", "answer": "2"}))
     write("text.txt", "1+1=?")
+    copy("run/final")
     (folder / "broken_flags").mkdir()
     for name in ("flags.json", "responses.jsonl"):
         write(f"broken_flags/{name}", "[1]")
@@ -561,6 +564,8 @@ def bad(inputs, tmp_path_factory):
     srt.write_rows(str(folder / "text_ids.jsonl"), [{**row, "y_init_tokens": "12"} for row in rows])
     for name, i in (("negative", -1), ("half", 1.5), ("letter", "a"), ("null", None)):
         srt.write_rows(str(folder / f"{name}.jsonl"), [rows[0], *({**row, "y_init_tokens": [3, i]} for row in rows)])
+    srt.write_rows(str(folder / "run/responses.jsonl"), [{**row, "kind": "init", "sample": 0} for row in rows])
+    write("run/responses.rank0.jsonl")
     return folder
 
 
@@ -622,6 +627,8 @@ srt.py      --out {good.jsonl}/deeper               deeper: Not a directory; giv
 srt.py      --out=                                  --out : No such file or directory; give a folder
 srt.py      --out {broken_flags}                    flags.json holds no JSON object; give another --out
 sft.py      --model {missing}                       cannot be used
+sft.py      --model {run}                           it is a run's folder; its model is
+sft.py      --data {run/responses.jsonl} --objective rft   the collection in its folder has not ended
 sft.py      --model {broken_weights}                header
 sft.py      --model {five_layers}                   33 weights are missing
 sft.py      --model {gpt2}                          GPT2LMHeadModel has no decoder layers

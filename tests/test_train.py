@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.attention.varlen as varlen
 from conftest import REPO, make_rows, read, run
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+import transformers
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 import distill
 import sft
@@ -295,6 +296,49 @@ def test_weights_that_are_not_the_configs(qwen, olmo, tmp_path):
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(SystemExit, match=f"{folder}: {named}"):
             training.load_weights(str(folder))
+
+
+SMALL = dict(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+             intermediate_size=16, head_dim=16, pad_token_id=0, dtype="float32")
+MORE = {"GptOss": {"num_local_experts": 2}, "Granite": {"logits_scaling": 8.0},
+        "Lfm2": {"layer_types": ["conv", "full_attention"]},
+        "Qwen3Next": {"layer_types": ["linear_attention", "full_attention"], "num_experts": 2,
+                      "num_experts_per_tok": 1}}
+
+
+@pytest.mark.parametrize("kind, odd", [
+    ("Llama", None), ("Mistral", None), ("Gemma3Text", None), ("Granite", "logits_scaling"), ("Lfm2", "conv"),
+    ("Gemma2", "attn_logit_softcapping, final_logit_softcapping"), ("Cohere", "logit_scale"),
+    ("Phi", "lm_head.bias"), ("Qwen3Next", "linear_attention"), ("GptOss", "model.layers.0.self_attn.sinks"),
+])
+def test_models_of_which_packed_rows_would_make_others(kind, odd, ranks, tmp_path):
+    """Layers with a state, softcaps, scales, sinks, a head's bias: refused; others are transformers' own."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SMALL, **MORE.get(kind, {}))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    load = lambda: training.load_model(str(tmp_path), ranks, training.make_mesh(ranks), torch.float32)
+    if odd:
+        with pytest.raises(SystemExit, match=f"{tmp_path} has {odd}.*, which packed rows or the loss would"):
+            load()
+        return
+    a, b = torch.randint(4, 99, (2, 12)).tolist()
+    with torch.no_grad():
+        packed = load()(training.make_batch([a, b], ranks.device), torch.arange(12, 24),
+                        lambda hidden, head: hidden @ head.T)
+        torch.testing.assert_close(packed, model(torch.tensor([b])).logits[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_generation_config_that_transformers_would_not_save(qwen, ranks, tmp_path):
+    """It loads one with a temperature and no do_sample, as Vicuna's: it trains, so it must be saved."""
+    shutil.copytree(qwen, tmp_path / "model")
+    path = tmp_path / "model/generation_config.json"
+    eos = json.loads(path.read_text())["eos_token_id"]
+    path.write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": eos}))
+    model = training.load_model(str(path.parent), ranks, training.make_mesh(ranks), torch.float32)
+    checkpoint.save_model(str(tmp_path / "final"), model, verify.load_tokenizer(qwen), QWEN, torch.float32)
+    again = GenerationConfig.from_pretrained(tmp_path / "final")
+    assert again.temperature == 0.6 and again.eos_token_id == eos
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -580,15 +624,16 @@ def test_the_best_checkpoints_stay(ranks, tmp_path):
     """Three of them; of two as good ones the earlier; what a killed run left goes."""
     best = []
     (tmp_path / "best/step-000099.tmp").mkdir(parents=True)
+    (tmp_path / "best/mine").mkdir()
     for step, accuracy in enumerate((0.1, 0.5, 0.3, 0.2, 0.5, 0.3)):
         best = checkpoint.keep_best(str(tmp_path), best, step, accuracy, lambda path: os.makedirs(path))
     assert best == [[0.5, 1], [0.5, 4], [0.3, 2]]
-    assert sorted(os.listdir(tmp_path / "best")) == ["step-000001", "step-000002", "step-000004"]
+    assert sorted(os.listdir(tmp_path / "best")) == ["mine", "step-000001", "step-000002", "step-000004"]
     # a run went on to 7 and was killed; its state is older
     os.rename(tmp_path / "best/step-000002", tmp_path / "best/step-000007")
     best = checkpoint.keep_best(str(tmp_path), best, 5, 0.1, lambda path: os.makedirs(path))
     assert best == [[0.5, 1], [0.5, 4], [0.1, 5]]
-    assert sorted(os.listdir(tmp_path / "best")) == ["step-000001", "step-000004", "step-000005"]
+    assert sorted(os.listdir(tmp_path / "best")) == ["mine", "step-000001", "step-000004", "step-000005"]
     best = checkpoint.keep_best(str(tmp_path), best, 4, 0.6, lambda path: os.makedirs(path, exist_ok=True))
     assert best == [[0.6, 4], [0.5, 1], [0.1, 5]]  # it went on, and validated the same step again
 

@@ -179,7 +179,9 @@ class Workers:
 
     def read(self, process, seconds):
         """A line of a worker, b"" if it is dead, None if it takes too long."""
-        if not select.select([process.stdout], [], [], seconds)[0]:
+        ready = select.poll()  # select() takes no descriptor over 1023
+        ready.register(process.stdout, select.POLLIN)
+        if not ready.poll(1000 * seconds):
             return None
         line = process.stdout.readline()
         return line if line.endswith(b"\n") else b""
