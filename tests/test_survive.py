@@ -314,7 +314,8 @@ def test_changed_flags(inputs, whole, tmp_path):
     assert "nothing to do" in start("--steps", 3, "--save_every", 7)[0]
     assert json.load(open(out / "flags.json"))["lr"] == 2e-3 and not (out / "flags.json.tmp").exists()
     assert "--steps 1" in one_error(start("--steps", 1, ok=False)[1])
-    for flag, inside in (("--model", out / "final"), ("--data", out / "metrics.jsonl")):
+    shutil.copy(inputs["distill.py"][inputs["distill.py"].index("--data") + 1], out / "data.jsonl")
+    for flag, inside in (("--model", out / "final"), ("--data", out / "data.jsonl")):
         assert f"{flag} lies in --out {out}" in one_error(start(flag, inside, "--fresh", ok=False)[1])
     start("--steps", 1, "--seed", 1, "--fresh")
     old, = tmp_path.glob("out.old-*")
@@ -628,7 +629,7 @@ srt.py      --out=                                  --out : No such file or dire
 srt.py      --out {broken_flags}                    flags.json holds no JSON object; give another --out
 sft.py      --model {missing}                       cannot be used
 sft.py      --model {run}                           it is a run's folder; its model is
-sft.py      --data {run/responses.jsonl} --objective rft   the collection in its folder has not ended
+sft.py      --data {run/responses.jsonl}            the collection in its folder has not ended
 sft.py      --model {broken_weights}                header
 sft.py      --model {five_layers}                   33 weights are missing
 sft.py      --model {gpt2}                          GPT2LMHeadModel has no decoder layers

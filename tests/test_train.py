@@ -665,6 +665,10 @@ def test_one_vocabulary(qwen, tmp_path):
     verify.same_vocabulary(qwen, tokenizer, qwen, other)
     with pytest.raises(SystemExit, match=f"wider has {size + 1} vocabulary entries, .* has {size}:"):
         verify.same_vocabulary(qwen, tokenizer, str(tmp_path / "wider"), other)
+    wider = verify.load_tokenizer(str(tmp_path / "wider"))  # ids that no text has are ids of the model, too
+    training.check_ids([size], wider.vocabulary, "rows.jsonl:1")
+    with pytest.raises(SystemExit, match=f"rows.jsonl:1: a token id is {size}, .* 0 to {size - 1};"):
+        training.check_ids([size], tokenizer.vocabulary, "rows.jsonl:1")
     other.add_tokens(["another"])
     with pytest.raises(SystemExit, match="different tokenizers"):
         verify.same_vocabulary(qwen, tokenizer, qwen, other)

@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -152,6 +153,32 @@ def test_from_any_thread_and_in_order(judge):
     for thread in threads:
         thread.join()
     assert found == {name: [bool(i % 3) for i in range(60)] for name in "abc"}
+
+
+def test_descriptors_over_1023():
+    """A process that holds many: select() would refuse the pipe of a worker."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] < 2048:
+        pytest.skip("no more than 2,048 descriptors are allowed here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, limits[1]))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with verify.Judge("math", workers=1) as judge:
+            assert judge([math("3")], ["\\boxed{3}"])[0].correct
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_run_that_goes_on_has_not_ended(tmp_path):
+    """What it writes at its end goes: tuples of an earlier, smaller --target would look like its own."""
+    for name in ("summary.json", "d_revision.jsonl", "responses.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    run.begin(argparse.Namespace(out=str(tmp_path)), run.Ranks(1, 2, "cpu", None))
+    assert len(list(tmp_path.iterdir())) == 3  # that is rank 0's to do
+    run.begin(argparse.Namespace(out=str(tmp_path)), run.Ranks(0, 2, "cpu", None))
+    assert [path.name for path in tmp_path.iterdir()] == ["responses.jsonl"]
 
 
 def test_closing_leaves_no_worker():
