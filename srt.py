@@ -194,9 +194,9 @@ class Progress:
         if self.ranks.rank:
             return
         count = lambda name: self.ranks.store.add(name, 0)
-        seconds, taken = max(1e-3, time.perf_counter() - self.started), count("ended")
-        time_left = tqdm.format_interval(seconds / taken * (self.problems - taken)) if taken else "?"
-        line = f"problems {taken}/{self.problems} [{tqdm.format_interval(seconds)}<{time_left}]"
+        seconds, ended = max(1e-3, time.perf_counter() - self.started), count("ended")
+        time_left = tqdm.format_interval(seconds / ended * (self.problems - ended)) if ended else "?"
+        line = f"problems {ended}/{self.problems} [{tqdm.format_interval(seconds)}<{time_left}]"
         if self.target is not None:
             line += f"  kept {count('kept')}" + f"/{self.target}" * (self.target > 0)
         line += "".join(f"  {y[2:]} {mean(right):.3f}" for y, right in sorted(self.right.items()))

@@ -230,11 +230,9 @@ def context_length(model):
 
 def same_vocabulary(student, student_tokenizer, teacher, teacher_tokenizer):
     """Ends the program if the tokenizers of these two models differ, or the sizes of their heads."""
-    from transformers import AutoConfig
     if student_tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
         fail(f"--teacher {teacher} and {student} have different tokenizers: the KL needs one vocabulary")
-    theirs, ours = (AutoConfig.from_pretrained(model).get_text_config().vocab_size
-                    for model in (teacher, student))
+    theirs, ours = teacher_tokenizer.vocabulary, student_tokenizer.vocabulary
     if theirs != ours:
         fail(f"--teacher {teacher} has {theirs} vocabulary entries, {student} has {ours}: the KL needs one "
              "vocabulary")

@@ -661,12 +661,11 @@ def test_one_vocabulary(qwen, tmp_path):
     size = config["vocab_size"]
     config["vocab_size"] += 1
     (tmp_path / "wider/config.json").write_text(json.dumps(config))
-    tokenizer, other = verify.load_tokenizer(qwen), verify.load_tokenizer(qwen)
+    tokenizer, other, wider = map(verify.load_tokenizer, (qwen, qwen, str(tmp_path / "wider")))
     verify.same_vocabulary(qwen, tokenizer, qwen, other)
     with pytest.raises(SystemExit, match=f"wider has {size + 1} vocabulary entries, .* has {size}:"):
-        verify.same_vocabulary(qwen, tokenizer, str(tmp_path / "wider"), other)
-    wider = verify.load_tokenizer(str(tmp_path / "wider"))  # ids that no text has are ids of the model, too
-    training.check_ids([size], wider.vocabulary, "rows.jsonl:1")
+        verify.same_vocabulary(qwen, tokenizer, str(tmp_path / "wider"), wider)
+    training.check_ids([size], wider.vocabulary, "rows.jsonl:1")  # of the model, if of no text
     with pytest.raises(SystemExit, match=f"rows.jsonl:1: a token id is {size}, .* 0 to {size - 1};"):
         training.check_ids([size], tokenizer.vocabulary, "rows.jsonl:1")
     other.add_tokens(["another"])
