@@ -21,6 +21,7 @@ from unittest import mock
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+plt.rcParams["axes.prop_cycle"] = plt.cycler(color=plt.cm.tab10.colors + plt.cm.tab20.colors[1::2])  # C0 to C19
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.run import fail, need, read_jsonl, write_atomically

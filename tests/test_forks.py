@@ -2,6 +2,7 @@
 import functools
 import importlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -254,11 +255,17 @@ def test_capped_kl_against_autograd(fork):
     assert fork("capped-kl").alone[0]["loss"] < fork("plain").alone[0]["loss"]
 
 
-def test_contrast_against_autograd(fork):
+@pytest.mark.parametrize("bound", [math.inf, 0.5])
+def test_contrast_against_autograd(bound, fork, monkeypatch):
     """A policy gradient whose advantage is the contrast c, for each entry: -p (c - mean of c under p)."""
     kl, (s, told, y) = fork("contrast").kl, logits()
+    assert kl.BOUND == 0.5
+    monkeypatch.setattr(kl, "BOUND", bound)
     other, eye, ones = told.flip(0), torch.eye(57), torch.ones(23)
     log_p, c = s.log_softmax(-1), told - other
+    if bound < math.inf:  # from its mean, so that a constant of the logits changes nothing
+        c = (c - (log_p.detach().exp() * c).sum(-1, keepdim=True)).clamp(-bound, bound)
+        told = told + torch.arange(23)[:, None]
     target = (log_p.detach() + c).log_softmax(-1)
     found = kl.chunked_kl(s.float(), eye, (told - other).float(), eye, ones, y)
     assert torch.allclose(found.loss.double(), (log_p.exp() * (log_p - target)).sum(), rtol=1e-5)
