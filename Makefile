@@ -82,7 +82,7 @@ DATA = openai/gsm8k:main
 TRAIN = $(DATA)@train
 TEST = $(DATA)@test
 REAL = runs/real
-ROWS = 0:3000 3000:7200 7200:
+ROWS = 0:3000 3000:6200 6200:
 STEPS = 11
 KL = reverse
 SAMPLES = 2
@@ -104,7 +104,7 @@ real: setup
 	@echo "== does the teacher correct, or copy?"
 	$(PY) kl.py --student $(REAL)/srt/final --teacher $(REAL)/srt/final --responses $(REAL)/collect/responses.jsonl --out $(REAL)/kl
 	@echo "== SD-Zero"
-	$(RUN) distill.py --model $(REAL)/srt/final --data $(TRAIN) --range $(word 2,$(ROWS)) --val $(TRAIN) --val_range $(word 3,$(ROWS)) --val_samples 2 --val_every 5 --val_temperature 0.7 \
+	$(RUN) distill.py --model $(REAL)/srt/final --data $(TRAIN) --range $(word 2,$(ROWS)) --val $(TRAIN) --val_range $(word 3,$(ROWS)) --val_samples 1 --val_every 5 --val_temperature 0.7 \
 	  --out $(REAL)/sdzero --steps $(STEPS) --lr $(LR) --warmup 5 --kl $(KL) $(HOW)
 	test -e $(REAL)/sdzero/summary.json
 	@echo "== evaluation, of SD-Zero at the step that validated best"

@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from common.metrics import Metrics
@@ -70,6 +71,11 @@ def test_names_tell_runs_apart():
     assert list(report.names_of(paths[:2]).values()) == ["a", "b"]
     assert list(report.names_of(paths).values()) == ["a/sdzero", "b/sdzero", "b/other"]
     assert list(report.names_of(["x/one.jsonl", "x/two.jsonl"]).values()) == ["one", "two"]
+
+
+def test_colours():
+    """A run's own, of up to twenty."""
+    assert len({to_hex(f"C{number}") for number in range(20)}) == 20
 
 
 def test_several_runs(tmp_path, monkeypatch, capsys):
