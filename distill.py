@@ -223,9 +223,11 @@ def distill(args, ranks, judge):
     if both := {p.problem for p in problems} & {p.problem for p in val_problems}:
         run.say(f"note: {len(both)} of {len(val_problems)} problems of --val are in --data: they are learnt")
     if args.batch > len(problems):
-        fail(f"--batch {args.batch} is more than the {len(problems)} problems of --data; lower it")
-    longest = max(check_lengths(args.model, each, args.max_tokens, flag)
-                  for each, flag in ((prompts, "--data"), (val_prompts, "--val")) if each)
+        fail(f"--batch {args.batch} is more than the {len(problems)} problems of --data; lower it"
+             + f" (dropped: {dict(dropped)})" * bool(dropped))
+    longest = check_lengths(args.model, problems, prompts, args.max_tokens)
+    if args.val:
+        longest = max(longest, check_lengths(args.model, val_problems, val_prompts, args.max_tokens, "--val"))
     if args.topk > tokenizer.vocabulary:
         fail(f"--topk {args.topk} is more than the {tokenizer.vocabulary} tokens of the vocabulary; lower it")
     if not args.fresh and (made := run.from_rank_0(checkpoint.steps_made, args.out)) > args.steps:
@@ -308,7 +310,7 @@ def distill(args, ranks, judge):
         row = log(metrics, args, ranks, step, sums, clock, grad_norm=norm, lr=lr, updated=bool(weight),
                   **accuracy)
         if not row["sync_gap"] <= args.max_sync_gap:  # nor nan
-            fail(f"step {step}: the sampler's log-probabilities differ from the trainer's by "
+            fail(f"step {step + 1}: the sampler's log-probabilities differ from the trainer's by "
                  f"{row['sync_gap']:.3f} nats per token (--max_sync_gap {args.max_sync_gap}): its weights "
                  "are stale, or its numerics differ")
         progress["step"] = step + 1

@@ -251,7 +251,7 @@ def collect(args, ranks, judge):
     problems, dropped = run.from_rank_0(
         verify.load_problems, args.data, judge, args.range, args.max_problems)
     prompts = [verify.chat_ids(tokenizer, problem) for problem in problems]
-    longest = check_lengths(args.model, prompts, args.max_tokens)
+    longest = check_lengths(args.model, problems, prompts, args.max_tokens)
     keeps = args.num_revisions and not args.eval
     if run.open_out(args, ranks, FREE, "responses.jsonl", problems, target=args.target):
         return run.leave()

@@ -23,7 +23,7 @@ import os
 import re
 import sys
 import traceback
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -66,7 +66,7 @@ def load_rows(data, flag="--data"):
         fail(f"{flag} {data} is not a .jsonl, .json or .parquet file, nor a hub name")
     try:
         if end == ".json":
-            with open(data, encoding="utf-8") as f:
+            with open(data, encoding="utf-8-sig") as f:
                 rows = json.load(f)
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 fail(f"{flag} {data}: a list of objects is wanted")
@@ -107,12 +107,13 @@ def range_of(flag):
     return "--range" if flag == "--data" else f"{flag}_range"
 
 
-def load_problems(data, judge, range_=None, max_problems=None, flag="--data"):
+def load_problems(data, judge, range_=None, max_problems=None, flag="--data", tell=None):
     """
     Problems of a file or hub name (load_rows), in order, and a Counter of why others were dropped. range_:
     "A:B", rows as they stand in the file. A row that repeats the text of an earlier one, in the range or
     before it, is dropped, so that phases given disjoint ranges see disjoint questions. max_problems: read no
     further than they need, but for the 200 rows whose golds are asked for at once. flag: what named the data.
+    tell: called with the id of each problem that is dropped, and why.
     Ends the program if nothing is left, if two problems have one id, and on rows without a problem.
     """
     match = re.fullmatch(r"(\d*):(\d*)", range_ or ":")
@@ -121,6 +122,11 @@ def load_problems(data, judge, range_=None, max_problems=None, flag="--data"):
     start, stop = int(match[1] or 0), min(int(match[2] or sys.maxsize), sys.maxsize)
     stem = os.path.basename(data).split(".")[0]
     problems, dropped, text_of, texts, number = [], Counter(), {}, set(), 0
+
+    def drop(problem, why):
+        dropped[why] += 1
+        if tell:
+            tell(problem.id, why)
 
     def golds():
         """(Problem, Future of its gold and why it has none) of each row of the range, every text once."""
@@ -131,7 +137,7 @@ def load_problems(data, judge, range_=None, max_problems=None, flag="--data"):
             if text_of.setdefault(problem.id, text) != text:
                 fail(f"{where}: an earlier row with other text has the id {problem.id!r}; ids must differ")
             if number > start and text in texts:  # codeforces-cots has a row for each of several solutions
-                dropped["same problem as in an earlier row"] += 1
+                drop(problem, "same problem as in an earlier row")
             elif number > start:
                 yield problem, judge.pool.submit(judge.gold, row)
             texts.add(text)
@@ -145,7 +151,7 @@ def load_problems(data, judge, range_=None, max_problems=None, flag="--data"):
         if LONE.search(json.dumps(problem.answer, ensure_ascii=False)):
             problem.answer, why = None, "half of a surrogate pair in the answer"
         if problem.answer is None:
-            dropped[why] += 1
+            drop(problem, why)
         else:
             problems.append(problem)
     if range_ and number <= start:
@@ -182,11 +188,14 @@ def phrases_of(model, override=None):
     from transformers import AutoConfig
     config = AutoConfig.from_pretrained(model)
     family = "olmo" if config.model_type.startswith("olmo") else "qwen"
-    phrases = override or getattr(config, "sdzero_phrases", family)
+    recorded = getattr(config, "sdzero_phrases", family)
+    phrases = override or recorded
     if isinstance(phrases, str):  # --phrases, or a name that a checkpoint of an earlier version records
         phrases = PHRASES.get(phrases) or phrases.split("|")
     if not isinstance(phrases, (list, tuple)) or list(map(type, phrases)) != [str, str]:
         fail(f"model {model} records phrases that are not in verify.PHRASES; give --phrases 'WRONG|RIGHT'")
+    if isinstance(recorded, list) and recorded != list(phrases):
+        say(f"note: model {model} was trained with other phrases than --phrases: {' | '.join(recorded)}")
     return tuple(phrases)
 
 
@@ -363,10 +372,12 @@ def main():
     args = parser.parse_args()
     plain_errors()
     with make_judge(args) as judge:
-        problems, dropped = load_problems(args.data, judge, args.range)
+        names = defaultdict(list)
+        problems, dropped = load_problems(args.data, judge, args.range,
+                                          tell=lambda name, why: names[why].append(name))
         print(f"{args.data}: {len(problems)} kept, {sum(dropped.values())} dropped")
         for why, count in dropped.most_common():
-            print(f"  {count:6d}  dropped  {why}")
+            print(f"  {count:6d}  dropped  {why}: {', '.join(names[why][:5])}{', ...' * (count > 5)}")
         print(f"an empty response is judged: {judge.verdict(problems[0], '').reason}")
         if args.responses:
             judge_again(args.responses, {problem.id: problem for problem in problems}, judge)

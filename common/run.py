@@ -166,13 +166,13 @@ def open_out(args, ranks, free, product, data, **wanted):
         begun = os.path.exists(path) and bool(set(os.listdir(args.out)) - {"flags.json", "flags.json.tmp"})
         before = {**flags, **defaults, **read_object(path)} if begun else flags
         changed = [name for name in flags if before[name] != flags[name]]
-        text = ", ".join(f"{HASHED.get(name, '--' + name)} {before[name]} -> {flags[name]}"
-                         for name in changed)
-        if set(changed) - {*free.split(), "code"}:
-            fail(f"--out {args.out} was made with other flags: {text}; give the old ones, another --out, or "
-                 "--fresh, which renames the old folder and starts over")
+        text = lambda names: ", ".join(
+            f"{HASHED.get(name, '--' + name)} {before[name]} -> {flags[name]}" for name in names)
+        if fixed := [name for name in changed if name not in {*free.split(), "code"}]:
+            fail(f"--out {args.out} was made with other flags: {text(fixed)}; give the old ones, another "
+                 "--out, or --fresh, which renames the old folder and starts over")
         if changed:
-            print(f"flags changed since this run began: {text}", flush=True)
+            print(f"flags changed since this run began: {text(changed)}", flush=True)
         ended = finished(args.out, product, **wanted)
         if not ended:
             write_atomically(path, json.dumps(flags, indent=1) + "\n")
@@ -263,7 +263,7 @@ def read_jsonl(path, torn_ok=False):
             if not line.strip() or (torn_ok and not line.endswith(b"\n")):
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8-sig"))  # some editors write a mark before it
             except (ValueError, RecursionError) as e:
                 fail(f"{path}:{number}: not JSON in UTF-8 ({e}); mend or remove this line")
             if not isinstance(row, dict):

@@ -226,17 +226,18 @@ def engine_name(text):
     return text
 
 
-def check_lengths(model, prompts, max_tokens, flag="--data"):
+def check_lengths(model, problems, prompts, max_tokens, flag="--data"):
     """
     The longest prompt's length; ends the program where the model cannot take it, or never --max_tokens. flag:
     what named the problems.
     """
-    limit, longest = verify.context_length(model), max(map(len, prompts))
+    limit = verify.context_length(model)
+    longest, name = max((len(ids), problem.id) for ids, problem in zip(prompts, problems, strict=True))
     if max_tokens > limit:
         fail(f"--max_tokens {max_tokens}: --model {model} takes {limit} tokens with the prompt; lower it")
     if longest >= limit:
-        fail(f"{flag}: a prompt has {longest} tokens but --model {model} takes {limit}; drop it with "
-             + verify.range_of(flag))
+        fail(f"{flag}: the prompt of problem {name!r} has {longest} tokens but --model {model} takes "
+             f"{limit}; drop it with {verify.range_of(flag)}")
     return longest
 
 

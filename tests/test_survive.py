@@ -600,7 +600,7 @@ srt.py      --data {latin1.jsonl}                   latin1.jsonl:2: not JSON in 
 srt.py      --data {unknown_field.jsonl}            no problem text
 srt.py      --data {no_answer.jsonl}                no problem is left
 srt.py      --data {twice.jsonl}                    ids must differ
-srt.py      --data {long.jsonl}                     a prompt has
+srt.py      --data {long.jsonl}                     the prompt of problem 'long-6' has
 srt.py      --data {broken.json}                    broken.json cannot be read
 srt.py      --data {object.json}                    a list of objects is wanted
 srt.py      --range 5                               A:B is wanted
@@ -666,7 +666,7 @@ distill.py  --teacher {missing}                     cannot be used
 distill.py  --teacher {other_words}                 one vocabulary
 distill.py  --data {missing.jsonl}                  missing.jsonl is not there
 distill.py  --val {nothing.jsonl}                   nothing.jsonl
-distill.py  --val {long.jsonl}                      error: --val: a prompt has
+distill.py  --val {long.jsonl}                      error: --val: the prompt of problem 'long-6' has
 distill.py  --batch 25                              lower it
 distill.py  --batch 0                               not at least 1
 distill.py  --topk -1                               not at least 0

@@ -396,14 +396,16 @@ def test_the_instruction_of_a_row_is_that_of_its_mode(own, qwen):
 # -------------------------------------------------------------------------------------------------- phrases, the run's folder
 
 
-def test_phrases(qwen, olmo, tmp_path):
-    """By the model's type, by what its config records (two texts, or a name of old), or by --phrases."""
+def test_phrases(qwen, olmo, tmp_path, capsys):
+    """By the model's type, by what its config records (two texts, or a name of old), or by --phrases, which says so."""
     assert verify.phrases_of(qwen) == verify.PHRASES["qwen"] and verify.phrases_of(olmo) == verify.PHRASES["olmo"]
     assert verify.phrases_of(olmo, "paper") == verify.PHRASES["paper"] and verify.phrases_of(olmo, "No.|Yes.") == ("No.", "Yes.")
     config = json.loads((Path(qwen) / "config.json").read_text())
     for recorded, want in ((["Not so.", "Just so."], ("Not so.", "Just so.")), ("paper", verify.PHRASES["paper"])):
         (tmp_path / "config.json").write_text(json.dumps({**config, "sdzero_phrases": recorded}))
         assert verify.phrases_of(str(tmp_path)) == want and verify.phrases_of(str(tmp_path), "olmo") == verify.PHRASES["olmo"]
+        said = f"note: model {tmp_path} was trained with other phrases than --phrases: Not so. | Just so.\n"
+        assert capsys.readouterr().out == (said if recorded != "paper" else "")
     for recorded in ("gone", 5, [5, 6], ["a", "b", "c"], None):
         (tmp_path / "config.json").write_text(json.dumps({**config, "sdzero_phrases": recorded}))
         with pytest.raises(SystemExit, match="records phrases that are not in verify.PHRASES"):
@@ -452,6 +454,8 @@ def test_a_flag_that_an_older_run_did_not_know_had_its_default(ranks, tmp_path, 
     assert first == {"lr": 0.5, **code} and [*map(len, code.values())] == [12, 12]
     with pytest.raises(SystemExit, match="--kl reverse -> forward"):
         open_out(out, ranks, monkeypatch, "--kl", "forward")
+    with pytest.raises(SystemExit, match="other flags: --kl reverse -> forward; give"):  # --lr may change
+        open_out(out, ranks, monkeypatch, "--kl", "forward", "--lr", "0.25")
     assert json.loads((out / "flags.json").read_text()) == {"lr": 0.5, **code}
     assert open_out(out, ranks, monkeypatch, "--kl", "reverse") == {"lr": 0.5, "kl": "reverse", **code}
     assert "changed" not in capsys.readouterr().out
@@ -551,8 +555,8 @@ def test_the_flag_that_named_the_problems(judge, tmp_path, qwen):
                                (path, "5", "--val_range 5: A:B"), (path, "5:", "--val_range 5: is empty")):
         with pytest.raises(SystemExit, match=says):
             verify.load_problems(str(data), judge, range_, flag="--val")
-    with pytest.raises(SystemExit, match="--val: a prompt has 1024 tokens .* drop it with --val_range"):
-        check_lengths(qwen, [[1] * 1024], 5, "--val")
+    with pytest.raises(SystemExit, match="--val: the prompt of problem 'b' has 1024 tokens .* drop it with --val_range"):
+        check_lengths(qwen, [verify.Problem(name, "?", "1") for name in "ab"], [[1], [1] * 1024], 5, "--val")
 
 
 def test_max_problems_reads_no_further_than_it_needs(judge, tmp_path, monkeypatch):
@@ -618,6 +622,13 @@ def test_bad_responses_give_one_clear_line(judge, tmp_path, content, says):
     assert says in str(e.value) and "\n" not in str(e.value)
 
 
+def test_a_byte_order_mark(judge, tmp_path):
+    """Some editors write one before the first line."""
+    for name, text in (("d.jsonl", GOOD), ("d.json", f"[{GOOD}]")):
+        (problem,), _ = verify.load_problems(write(tmp_path / name, text.encode("utf-8-sig")), judge)
+        assert problem.id == "a" and problem.problem == "1+1?"
+
+
 def test_the_script_reports_and_judges_again(tmp_path):
     data = write(tmp_path / "d.jsonl", GOOD + '{"id": "b", "problem": "?", "answer": "(1,2)"}\n{"id": "c", "problem": "??"}\n'
                  '{"id": "d", "problem": "???", "answer": "((("}\n')
@@ -625,8 +636,8 @@ def test_the_script_reports_and_judges_again(tmp_path):
                       + json.dumps({"kind": "revision", "id": "b", "y_revised": "\\boxed{(1, 2)}", "y_revised_correct": False}) + "\n")
     code, out, err = script("--data", data, "--responses", responses)
     assert code == 0, err
-    for line in ("2 kept, 2 dropped", "1  dropped  no answer",
-                 "1  dropped  gold cannot be parsed", "r.jsonl:2: y_init of a: right -> wrong",
+    for line in ("2 kept, 2 dropped", "1  dropped  no answer: c",
+                 "1  dropped  gold cannot be parsed: d", "r.jsonl:2: y_init of a: right -> wrong",
                  "r.jsonl:4: y_revised of b: wrong -> right", "3 judged (2 right, 1 wrong), 2 changed, 1 to problems not in the data"):
         assert line in out
     code, out, err = script("--data", tmp_path / "nothing.jsonl")
