@@ -28,7 +28,7 @@ import torch
 
 import verify
 from common import checkpoint, run, training
-from common.metrics import Clock, Metrics, flops_of, getting_worse, log, sum_over_ranks, tally
+from common.metrics import Clock, Metrics, flops_of, getting_worse, log, sum_over_ranks, tally, wilson
 from common.run import fail, natural, positive, share, within
 from common.samples import SHOWN, add_samples, cut_samples
 from common.sampler import check_lengths, close, engine_name, hand_out, make_sampler, request_seed
@@ -265,7 +265,8 @@ def distill(args, ranks, judge):
         accuracy, shown = validate(sampler, judge, tokenizer, val_problems, val_prompts, args, ranks)
         add_samples(args.out, step, shown, ranks)
         progress["best"] = checkpoint.keep_best(args.out, progress["best"], step, accuracy, save)
-        return {"val_accuracy": accuracy}
+        low, high = wilson(accuracy, len(val_problems))  # a problem's samples count as one
+        return {"val_accuracy": accuracy, "val_low": low, "val_high": high}
 
     first, stop = progress["step"], getting_worse(progress, args)
     for step in range(first, args.steps):

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import verify
 from common import run
+from common.metrics import wilson
 from common.run import fail, natural, share, within
 from common.sampler import Request, check_lengths, close, engine_name, make_sampler, request_seed, serve
 
@@ -103,12 +104,6 @@ def tuples(rows):
 
 
 # ------------------------------------------------------------------------------------------------- summary
-
-
-def wilson(p, n, z=1.96):
-    """The 95 % Wilson interval of a share p seen over n problems."""
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [round(abs(bound) / (1 + z * z / n), 4) for bound in (centre - half, centre + half)]
 
 
 def mean(values):

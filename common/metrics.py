@@ -1,12 +1,13 @@
 """
 What a run says of its steps: a row of metrics.jsonl and a line on the screen for each, and curves.png.
 
-  of any training   Metrics; memory(), sum_over_ranks(), Clock: what goes into a row
+  of any training   Metrics; memory(), sum_over_ranks(), wilson(), Clock: what goes into a row
   of distill.py     tally(), flops_of(): what is summed over a step; log() makes its row; worse() and
                     getting_worse() look at all steps so far
 """
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -83,6 +84,12 @@ def sum_over_ranks(ranks, **numbers):
     return dict(zip(numbers, total.tolist()))
 
 
+def wilson(p, n, z=1.96):
+    """The 95 % Wilson interval of a share p seen over n problems."""
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [round(abs(bound) / (1 + z * z / n), 4) for bound in (centre - half, centre + half)]
+
+
 class Clock:
     """Seconds of each part of a step; waits for the GPU at the end of a part, not within."""
 
@@ -130,7 +137,8 @@ def log(metrics, args, ranks, step, sums, clock, **others):
            "tokens": int(sums["tokens"]), "seconds": sum(clock.seconds.values()),
            **{f"seconds_{part}": seconds for part, seconds in clock.seconds.items()},
            "mfu": training.mfu(sums["flops"], spent, ranks.world), **others}
-    more = f"  val {row['val_accuracy']:.3f}" if "val_accuracy" in row else ""
+    validated = "  val {val_accuracy:.3f} [{val_low:.3f}, {val_high:.3f}]"
+    more = validated.format(**row) if "val_accuracy" in row else ""
     more += f"  cut {row['cut']:.1%}" if row["cut"] else ""
     more += f"  judge failed {row['judge_failed']:.1%}" if row["judge_failed"] else ""
     more += "" if row["updated"] else "  no update: no row has weight"

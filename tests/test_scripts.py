@@ -469,10 +469,12 @@ def test_distill(qwen, problems_file, tmp_path):
     start = lambda out, *more, **how: run("distill.py", "--model", qwen, "--data", problems_file, "--out", tmp_path / out,
                                           *DISTILL, *more, **how)
     val = ["--val", problems_file, "--val_every", 1, "--val_samples", 1]
-    start("one", *val)
+    said = start("one", *val).stdout
     rows = read(tmp_path / "one/metrics.jsonl")
     assert len(rows) == 4 and all(METRICS <= row.keys() for row in rows)
     assert all(row["sync_gap"] < 1e-4 for row in rows) and rows[0]["loss"] > 0 and "val_accuracy" in rows[0]
+    right, low, high = (rows[0][f"val_{name}"] for name in ("accuracy", "low", "high"))
+    assert 0 <= low <= right <= high <= 1 and high - low > 0.05 and f"  val {right:.3f} [{low:.3f}, {high:.3f}]" in said
     assert len(os.listdir(tmp_path / "one/best")) == 3
     assert sorted(os.listdir(tmp_path / "one/state")) == ["step-000002", "step-000004"]
     assert not same_weights(tmp_path / "one/final", qwen, 1e-4)
