@@ -268,11 +268,10 @@ def distill(args, ranks, judge):
         low, high = wilson(accuracy, len(val_problems))  # a problem's samples count as one
         return {"val_accuracy": accuracy, "val_low": low, "val_high": high}
 
-    first, stop = progress["step"], getting_worse(progress, args)
+    first, stop, clock = progress["step"], getting_worse(progress, args), Clock()
     for step in range(first, args.steps):
         if stop:
             break
-        clock = Clock()
         sampler.load(training.full_tensors(student, args.dtype))
         clock.lap("sync")
         accuracy = {}
@@ -314,12 +313,14 @@ def distill(args, ranks, judge):
             fail(f"step {step + 1}: the sampler's log-probabilities differ from the trainer's by "
                  f"{row['sync_gap']:.3f} nats per token (--max_sync_gap {args.max_sync_gap}): its weights "
                  "are stale, or its numerics differ")
+        clock = Clock()
         progress["step"] = step + 1
         progress["history"].append([row["reward"], row["truncated"], row["entropy"]])
         stop = getting_worse(progress, args)
         stop |= saver.after_step(step + 1, tensors, progress, last=stop)
         if step == first:
             training.keep_compiled()
+        clock.lap("save")  # in the next row
 
     saver.wait()
     if stop:

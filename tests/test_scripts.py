@@ -472,6 +472,7 @@ def test_distill(qwen, problems_file, tmp_path):
     said = start("one", *val).stdout
     rows = read(tmp_path / "one/metrics.jsonl")
     assert len(rows) == 4 and all(METRICS <= row.keys() for row in rows)
+    assert ["seconds_save" in row for row in rows] == [False, True, True, True] and "  (save 0." in said
     assert all(row["sync_gap"] < 1e-4 for row in rows) and rows[0]["loss"] > 0 and "val_accuracy" in rows[0]
     right, low, high = (rows[0][f"val_{name}"] for name in ("accuracy", "low", "high"))
     assert 0 <= low <= right <= high <= 1 and high - low > 0.05 and f"  val {right:.3f} [{low:.3f}, {high:.3f}]" in said
