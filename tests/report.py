@@ -159,8 +159,9 @@ def draw(path, runs):
         ax.set_title(title, fontsize=10)
         scale(ax, [v for *_, y in lines for v in y])
         if several:
-            ax.legend([plt.Line2D([], [], color="gray" if len(runs) > 1 else f"C{place}", linestyle=LINES[place])
-                       for place in range(2)], [label for label in PANELS[script][title].values()], fontsize=7)
+            looks = [("gray", style) for style in LINES] if len(runs) > 1 else [("C0", "-"), ("C1", "-")]
+            ax.legend([plt.Line2D([], [], color=colour, linestyle=style) for colour, style in looks],
+                      [label for label in PANELS[script][title].values()], fontsize=7)
     if stacked:
         draw_seconds(axes[len(panels)], runs)
         axes[len(panels)].set_title("seconds of a step", fontsize=10)
