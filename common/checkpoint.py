@@ -19,6 +19,8 @@ import torch.distributed.checkpoint as dcp
 from common import run, training
 from common.run import fail
 
+STEP = "step-" + 6 * "[0-9]"  # the folder of a step, as glob has it
+
 # --------------------------------------------------------------------------------------------------- models
 
 
@@ -70,8 +72,9 @@ def keep_best(out, best, step, accuracy, save, keep=3):
     if [accuracy, step] in ranked:
         save(os.path.join(out, "best", name(step)))
     if dist.get_rank() == 0:
-        for folder in Path(out, "best").glob("step-" + 6 * "[0-9]" + "*"):  # also what a kill has left
-            if folder.name not in {name(kept) for _, kept in ranked}:
+        stay = {name(kept) for _, kept in ranked}
+        for folder in Path(out, "best").glob(f"{STEP}*"):  # also what a kill has left
+            if folder.name not in stay:
                 shutil.rmtree(folder)
     return ranked
 
@@ -153,7 +156,7 @@ class StateWriter(dcp.FileSystemWriter):
 
 def states(folder):
     """Whole states in out/state, oldest first."""
-    return sorted(Path(folder).glob("step-" + 6 * "[0-9]"))
+    return sorted(Path(folder).glob(STEP))
 
 
 def steps_made(out):

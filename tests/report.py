@@ -161,7 +161,7 @@ def draw(path, runs):
         if several:
             looks = [("gray", style) for style in LINES] if len(runs) > 1 else [("C0", "-"), ("C1", "-")]
             ax.legend([plt.Line2D([], [], color=colour, linestyle=style) for colour, style in looks],
-                      [label for label in PANELS[script][title].values()], fontsize=7)
+                      list(PANELS[script][title].values()), fontsize=7)
     if stacked:
         draw_seconds(axes[len(panels)], runs)
         axes[len(panels)].set_title("seconds of a step", fontsize=10)
